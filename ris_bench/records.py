@@ -1,0 +1,194 @@
+"""What a trial is and what is known of it afterwards: plain data, written to and read from JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A registered name with the value of every one of its options."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a trial is trained: Adam on the tuned tensors, a step schedule, one random expression per referent and epoch."""
+
+    epochs: int
+    batch_size: int
+    """Referents per optimizer step."""
+    lr: float
+    milestones: tuple[int, ...]
+    """Epochs after which the learning rate is multiplied by `gamma`."""
+    gamma: float
+    precision: Literal["fp32", "fp16", "bf16"]
+    """Arithmetic of the forward pass on a GPU; a CPU always computes in fp32."""
+    accumulate: int = 1
+    """Micro-batches that a batch is split into: less memory, the same batch size."""
+    dice: float = 0.0
+    """Weight of a Dice loss added to the binary cross-entropy."""
+    split: str = "train"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured, and on which split the checkpoint is selected."""
+
+    select_on: str
+    metric: Literal["miou", "oiou"] = "miou"
+    every: int = 1
+    """Epochs between validations; the last epoch is always validated."""
+    threshold: float = 0.35
+    """A pixel belongs to the mask where its probability is greater."""
+    splits: tuple[str, ...] = ()
+    """Splits reported; none named means every evaluation split of the dataset.
+
+    "testA/shuffled" is testA with its expressions dealt out to other referents: what a model scores that does not read.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """All that can change a number, and nothing else: no path, no device, no number of workers."""
+
+    dataset: Choice
+    backbone: Choice
+    method: Choice
+    head: Choice
+    train: Training
+    eval: Evaluation
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Readable parts and a content hash: `refcoco.clip-r101.lora.s0.4de1a2c6`."""
+        content = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        digest = hashlib.sha256(content.encode()).hexdigest()[:8]
+        return f"{self.dataset.name}.{self.backbone.name}.{self.method.name}.s{self.seed}.{digest}"
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Trial:
+        """The inverse of `dataclasses.asdict`, also after a round trip through JSON."""
+        choices = {key: Choice(**_tuples(record[key])) for key in ("dataset", "backbone", "method", "head")}
+        return cls(
+            **choices,
+            train=Training(**_tuples(record["train"])),
+            eval=Evaluation(**_tuples(record["eval"])),
+            seed=record["seed"],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The metrics of one split, as fractions in [0, 1]."""
+
+    oiou: float
+    """Overall IoU: the sum of all intersections over the sum of all unions (cIoU in other papers)."""
+    miou: float
+    """Mean IoU: the mean over expressions of intersection over union."""
+    precision_at: Mapping[str, float]
+    """Share of expressions whose IoU is greater than the threshold, keyed "0.5" ... "0.9"."""
+    num_expressions: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """Numbers of scalars, counted by identity: a tensor that two modules share counts once."""
+
+    tunable_backbone: int
+    """With gradient, in the backbone or injected into it by the method."""
+    tunable_head: int
+    moving_statistics: int
+    """Elements of the backbone's and method's normalisation statistics that training moves."""
+    total: int
+    """Every parameter of the model, frozen ones included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What the trial took on the machine that ran it."""
+
+    train_seconds: float
+    eval_seconds: float
+    train_images_per_second: float
+    peak_memory_bytes: int
+    """Peak device memory on a GPU, peak resident memory of the process on a CPU."""
+    tuned_bytes: int
+    """Size of the saved tuned tensors."""
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One line of the learning curve; the validation scores are None where the epoch was not validated."""
+
+    epoch: int
+    loss: float
+    lr: float
+    oiou: float | None = None
+    miou: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """Which code and packages made the result."""
+
+    commit: str | None
+    dirty: bool | None
+    versions: Mapping[str, str]
+    weights: Mapping[str, str]
+    """sha256 of every weight file that was loaded, by file name."""
+    precision: str
+    """The arithmetic that was really used."""
+    started: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """All that is known of what happened to a trial, failures included."""
+
+    trial: Trial
+    status: Literal["done", "failed"]
+    error: str | None
+    scores: Mapping[str, Scores]
+    """By split, in the order reported."""
+    selected_epoch: int | None
+    history: tuple[Epoch, ...]
+    params: Params | None
+    cost: Cost | None
+    provenance: Provenance
+
+    def to_json(self) -> str:
+        return json.dumps({"id": self.trial.id, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Result:
+        """Raises ValueError, KeyError or TypeError where the text is not a whole result."""
+        record = json.loads(text)
+        del record["id"]
+        return cls(
+            **{
+                **record,
+                "trial": Trial.from_dict(record["trial"]),
+                "scores": {split: Scores(**scores) for split, scores in record["scores"].items()},
+                "history": tuple(Epoch(**epoch) for epoch in record["history"]),
+                "params": record["params"] and Params(**record["params"]),
+                "cost": record["cost"] and Cost(**record["cost"]),
+                "provenance": Provenance(**record["provenance"]),
+            }
+        )
+
+
+def _tuples(value: Any) -> Any:
+    # JSON has lists only; records are hashable and compare equal after a round trip only with tuples.
+    if isinstance(value, Mapping):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

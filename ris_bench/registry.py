@@ -1,0 +1,131 @@
+"""A registry maps a name to a factory whose keyword-only arguments are its options: there is no other configuration.
+
+A module registers its factory by decorating it, and every module of the registry's package is imported at the first
+look-up; so a new backbone, method or head is one new file, and no list names it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from ris_bench.records import Choice
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+
+class Registry:
+    """Factories of one kind ("backbone", "method", ...), found in the modules of one package."""
+
+    def __init__(self, kind: str, package: str) -> None:
+        self.kind = kind
+        self._package = package
+        self._factories: dict[str, Callable[..., Any]] = {}
+        self._imported = False
+
+    def __call__(self, name: str) -> Callable[[Factory], Factory]:
+        """Decorator that registers a factory; a name can be taken once."""
+
+        def register(factory: Factory) -> Factory:
+            if name in self._factories:
+                raise ValueError(f"two {self.kind}s are called {name!r}: {self._factories[name]} and {factory}")
+            self._factories[name] = factory
+            return factory
+
+        return register
+
+    def __iter__(self) -> Iterator[str]:
+        """Every registered name, sorted."""
+        self._import_siblings()
+        return iter(sorted(self._factories))
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        self._import_siblings()
+        if name not in self._factories:
+            raise ValueError(f"there is no {self.kind} {name!r}; there are {', '.join(self)}")
+        return self._factories[name]
+
+    def options(self, name: str) -> dict[str, inspect.Parameter]:
+        """The options of a factory: its keyword-only parameters, by name."""
+        parameters = inspect.signature(self[name]).parameters.values()
+        return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    def resolve(self, name: str, options: Mapping[str, Any]) -> Choice:
+        """Check the options given and fill in the defaults, so that a choice says all that it stands for.
+
+        Raises ValueError for an unknown name or option, a value of another type, and a missing option.
+        """
+        allowed = self.options(name)
+        for key in options:
+            if key not in allowed:
+                some = f"its options are {', '.join(allowed)}" if allowed else "it has no options"
+                raise ValueError(f"{self.kind} {name!r} has no option {key!r}; {some}")
+        # The annotations of a class are those of its constructor.
+        factory = self[name]
+        hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+        resolved = {}
+        for key, parameter in allowed.items():
+            if key in options:
+                resolved[key] = checked(options[key], hints[key], f"option {key!r} of {self.kind} {name!r}")
+            elif parameter.default is parameter.empty:
+                raise ValueError(f"{self.kind} {name!r} needs the option {key!r}")
+            else:
+                resolved[key] = parameter.default
+        return Choice(name=name, options=resolved)
+
+    def build(self, choice: Choice, *args: Any) -> Any:
+        """Call the factory of a choice with its options."""
+        return self[choice.name](*args, **choice.options)
+
+    def _import_siblings(self) -> None:
+        if not self._imported:
+            self._imported = True
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self._package}.{module.name}")
+
+
+def checked(value: Any, hint: Any, what: str) -> Any:
+    """`value` as the annotated type, or a ValueError that says what was given and what is allowed.
+
+    An int is accepted for a float and a list for a tuple; a bool is not a number, and a string never becomes one.
+    """
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if origin is typing.Literal:
+        if value in args and type(value) in {type(a) for a in args}:
+            return value
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)) and (args[-1] is Ellipsis or len(value) == len(args)):
+            hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
+            return tuple(checked(v, h, what) for v, h in zip(value, hints, strict=True))
+    elif origin in (typing.Union, types.UnionType):
+        for arg in args:
+            try:
+                return checked(value, arg, what)
+            except ValueError:
+                continue
+    elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    advice = " (YAML 1.1 reads 1e-4 as a string: write 1.0e-4)" if hint is float and isinstance(value, str) else ""
+    raise ValueError(f"{what} is {value!r}, which is not {describe(hint)}{advice}")
+
+
+def describe(hint: Any) -> str:
+    """An annotation in words: "one of 'val', 'test'", "a list of str", "float"."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(repr(a) for a in args)}"
+    if origin is tuple:
+        return f"a list of {describe(args[0])}" + ("" if args[-1] is Ellipsis else f" with {len(args)} items")
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
