@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from ris_bench.errors import UserError
 from ris_bench.records import Choice
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -47,7 +48,7 @@ class Registry:
     def __getitem__(self, name: str) -> Callable[..., Any]:
         self._import_siblings()
         if name not in self._factories:
-            raise ValueError(f"there is no {self.kind} {name!r}; there are {', '.join(self)}")
+            raise UserError(f"there is no {self.kind} {name!r}; there are {', '.join(self)}")
         return self._factories[name]
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
@@ -58,13 +59,13 @@ class Registry:
     def resolve(self, name: str, options: Mapping[str, Any]) -> Choice:
         """Check the options given and fill in the defaults, so that a choice says all that it stands for.
 
-        Raises ValueError for an unknown name or option, a value of another type, and a missing option.
+        Raises UserError for an unknown name or option, a value of another type, and a missing option.
         """
         allowed = self.options(name)
         for key in options:
             if key not in allowed:
                 some = f"its options are {', '.join(allowed)}" if allowed else "it has no options"
-                raise ValueError(f"{self.kind} {name!r} has no option {key!r}; {some}")
+                raise UserError(f"{self.kind} {name!r} has no option {key!r}; {some}")
         # The annotations of a class are those of its constructor.
         factory = self[name]
         hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
@@ -73,7 +74,7 @@ class Registry:
             if key in options:
                 resolved[key] = checked(options[key], hints[key], f"option {key!r} of {self.kind} {name!r}")
             elif parameter.default is parameter.empty:
-                raise ValueError(f"{self.kind} {name!r} needs the option {key!r}")
+                raise UserError(f"{self.kind} {name!r} needs the option {key!r}")
             else:
                 resolved[key] = parameter.default
         return Choice(name=name, options=resolved)
@@ -91,7 +92,7 @@ class Registry:
 
 
 def checked(value: Any, hint: Any, what: str) -> Any:
-    """`value` as the annotated type, or a ValueError that says what was given and what is allowed.
+    """`value` as the annotated type, or a UserError that says what was given and what is allowed.
 
     An int is accepted for a float and a list for a tuple; a bool is not a number, and a string never becomes one.
     """
@@ -111,12 +112,12 @@ def checked(value: Any, hint: Any, what: str) -> Any:
         for arg in args:
             try:
                 return checked(value, arg, what)
-            except ValueError:
+            except UserError:
                 continue
     elif isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     advice = " (YAML 1.1 reads 1e-4 as a string: write 1.0e-4)" if hint is float and isinstance(value, str) else ""
-    raise ValueError(f"{what} is {value!r}, which is not {describe(hint)}{advice}")
+    raise UserError(f"{what} is {value!r}, which is not {describe(hint)}{advice}")
 
 
 def describe(hint: Any) -> str:
