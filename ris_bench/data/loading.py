@@ -1,0 +1,172 @@
+"""Batches of images, tokens and masks: what comes next depends on (seed, epoch) alone, so training resumes anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ris_bench.data.refcoco import Sample, draw, referents
+from ris_bench.data.transforms import Letterbox, normalise
+from ris_bench.errors import UserError
+
+CACHE_BYTES = 2**30
+"""Pixels that a training set may keep in memory: enough for one of small images, a part of a large one."""
+
+
+class Batch(NamedTuple):
+    image_B3HW: Tensor
+    """float32, normalised."""
+    tokens_BL: Tensor
+    """int64."""
+    mask_B1HW: Tensor | None
+    """float32 in [0, 1] at the size of the input. None in evaluation, which measures on `Sample.mask()`."""
+    index_B: Tensor
+    """int64, positions in the list of samples."""
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding: start, pieces, end, zeros; a longer expression is cut, and the end stays last.
+
+    A `vocab_size` below CLIP's 49,408 keeps the first `vocab_size - 514` merges (512 entries are single bytes, two are
+    special). Start and end are always the two highest ids, so the end is the argmax of a row.
+    """
+
+    def __init__(self, word_len: int, vocab_size: int = 49408) -> None:
+        self._bpe = bpe = SimpleTokenizer(context_length=word_len)
+        if not 514 <= vocab_size <= bpe.vocab_size:
+            raise UserError(f"a vocabulary of {vocab_size} is not possible; it has 514 to {bpe.vocab_size} entries")
+        self.word_len, self.vocab_size = word_len, vocab_size
+        special = [bpe.decoder[bpe.sot_token_id], bpe.decoder[bpe.eot_token_id]]
+        pieces = [bpe.decoder[i] for i in range(vocab_size - 2)]
+        bpe.encoder = {piece: i for i, piece in enumerate(pieces + special)}
+        bpe.bpe_ranks = {pair: rank for pair, rank in bpe.bpe_ranks.items() if rank < vocab_size - 514}
+        bpe.sot_token_id, bpe.eot_token_id = vocab_size - 2, vocab_size - 1
+
+    def __call__(self, expressions: Sequence[str]) -> Tensor:
+        """-> (B, word_len) int64. An empty expression is start, end."""
+        return self._bpe(list(expressions))
+
+
+class ReferentBatches:
+    """Training batches: each referent once per epoch, with one of its expressions.
+
+    The expression is drawn from (seed, epoch, ref_id) and the order from (seed, epoch). The last batch may be smaller;
+    if a single sample were left for it, that sample joins the batch before, since BatchNorm needs two.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        tokenizer: Tokenizer,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+    ) -> None:
+        self._referents = referents(samples)
+        if self.num_referents < 2:
+            raise UserError(f"training needs at least 2 referents and has {self.num_referents}; use another split")
+        self._samples, self._batch_size, self._seed, self._num_workers = samples, batch_size, seed, num_workers
+        # A worker's memory is its own and ends with the epoch: it would fill a cache for nothing.
+        self._pixels = _Pixels(Letterbox(image_size), 0 if num_workers else CACHE_BYTES)
+        self._tokens_NL = tokenizer([sample.expression for sample in samples])
+
+    @property
+    def num_referents(self) -> int:
+        return len(self._referents)
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._cut(list(range(self.num_referents))))
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from the one with index `start`."""
+        chosen = []
+        for positions in self._referents:
+            ref_id = self._samples[positions[0]].ref_id
+            sentence = draw("sentence", self._seed, epoch, ref_id) % len(positions)
+            chosen.append((draw("order", self._seed, epoch, ref_id), positions[sentence]))
+        plan = self._cut([position for _, position in sorted(chosen)])[start:]
+        return _load(_Batches(self._samples, self._tokens_NL, self._pixels, plan, masks=True), self._num_workers)
+
+    def _cut(self, order: list[int]) -> list[list[int]]:
+        plan = _cut(order, self._batch_size)
+        if len(plan) > 1 and len(plan[-1]) == 1:
+            plan[-2:] = [plan[-2] + plan[-1]]
+        return plan
+
+
+def expression_batches(
+    samples: Sequence[Sample], tokenizer: Tokenizer, image_size: int, batch_size: int, num_workers: int = 0
+) -> Iterator[Batch]:
+    """Evaluation batches: every sample once, in order, without mask."""
+    plan = _cut(list(range(len(samples))), batch_size)
+    tokens_NL = tokenizer([sample.expression for sample in samples])
+    return _load(_Batches(samples, tokens_NL, _Pixels(Letterbox(image_size), 0), plan, masks=False), num_workers)
+
+
+class _Pixels:
+    """Letterboxed images and masks as uint8, kept until the budget is spent."""
+
+    def __init__(self, letterbox: Letterbox, budget: int) -> None:
+        self._letterbox, self._budget = letterbox, budget
+        self._kept: dict[Hashable, Tensor] = {}
+
+    def image(self, sample: Sample) -> Tensor:
+        return self._get(sample.image_path, lambda: self._letterbox.image(sample.image()))
+
+    def mask(self, sample: Sample) -> Tensor:
+        key = (sample.dataset, sample.ann_id)
+        return self._get(key, lambda: np.rint(self._letterbox.mask(sample.mask()) * 255).astype(np.uint8))
+
+    def _get(self, key: Hashable, make: Callable[[], np.ndarray]) -> Tensor:
+        if key in self._kept:
+            return self._kept[key]
+        pixels = torch.from_numpy(make())
+        if pixels.nbytes <= self._budget:
+            self._budget -= pixels.nbytes
+            self._kept[key] = pixels
+        return pixels
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Batch number -> Batch, or the UserError it met: raised in a worker it would come wrapped in a traceback."""
+
+    def __init__(
+        self, samples: Sequence[Sample], tokens_NL: Tensor, pixels: _Pixels, plan: list[list[int]], masks: bool
+    ) -> None:
+        self._samples, self._tokens_NL, self._pixels, self._plan, self._masks = samples, tokens_NL, pixels, plan, masks
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, number: int) -> Batch | UserError:
+        index_B = torch.tensor(self._plan[number])
+        samples = [self._samples[i] for i in self._plan[number]]
+        try:
+            images = {s.image_path: self._pixels.image(s) for s in {s.image_path: s for s in samples}.values()}
+            image_B3HW = normalise(torch.stack([images[s.image_path] for s in samples]))
+            mask_B1HW = None
+            if self._masks:
+                mask_B1HW = torch.stack([self._pixels.mask(s) for s in samples])[:, None].float().div_(255)
+        except UserError as error:
+            return error
+        return Batch(image_B3HW, self._tokens_NL[index_B], mask_B1HW, index_B)
+
+
+def _cut(order: list[int], batch_size: int) -> list[list[int]]:
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def _load(batches: _Batches, num_workers: int) -> Iterator[Batch]:
+    # Its own generator: DataLoader would draw from torch's, and with it shift every dropout mask that follows.
+    for batch in DataLoader(batches, batch_size=None, num_workers=num_workers, generator=torch.Generator()):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
