@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -71,31 +71,23 @@ class Sample:
         What lies outside the frame is cut off, so a polygon that is wholly outside gives an empty mask. Polygons of
         fewer than three points have no area and are left out.
         """
-        what = f"the segmentation of annotation {self.ann_id} ({self.dataset}, image {self.image_id})"
         try:
             if isinstance(self.segmentation, Mapping):
-                rles = [self._run_lengths()]
+                rles = [_run_lengths(self.segmentation, self.height, self.width)]
             else:
-                polygons = [np.asarray(p, dtype=np.float64) for p in self.segmentation if len(p) >= 6]
-                if not all((np.abs(p) < _FARTHEST).all() for p in polygons):
+                polygons = [p for p in self.segmentation if len(p) >= 6]
+                if not all(abs(coordinate) < _FARTHEST for p in polygons for coordinate in p):
                     raise ValueError("a coordinate is not a number or far outside any image")
-                # One by one: a first polygon of four numbers would make a list of them boxes.
-                rles = [coco_mask.frPyObjects([p.tolist()], self.height, self.width)[0] for p in polygons]
+                # One at a time: a list whose first polygon has four numbers would be taken for boxes.
+                rles = [coco_mask.frPyObjects([p], self.height, self.width)[0] for p in polygons]
             if not rles:
                 return np.zeros((self.height, self.width), dtype=np.uint8)
             return coco_mask.decode(coco_mask.merge(rles))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{what} is malformed ({error}); replace instances.json with the original") from error
-
-    def _run_lengths(self) -> dict[str, Any]:
-        size, counts = self.segmentation["size"], self.segmentation["counts"]
-        if list(size) != [self.height, self.width]:
-            raise ValueError(f"its size {size} is not that of the image, {[self.height, self.width]}")
-        if isinstance(counts, str):
-            return {"size": size, "counts": counts.encode()}
-        if sum(counts) != self.height * self.width or min(counts) < 0:
-            raise ValueError("its run lengths do not add up to the image")
-        return coco_mask.frPyObjects({"size": size, "counts": list(counts)}, self.height, self.width)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise UserError(
+                f"the segmentation of annotation {self.ann_id} of {self.dataset} (image {self.image_id}) is malformed "
+                f"({error}); replace instances.json with the original"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -134,10 +126,10 @@ class Dataset:
         if split not in splits:
             raise UserError(f"{self.name} has no split {split!r}; its splits are {', '.join(splits)}")
         self.locate(data)
-        instances_path, refs_path = self._annotations(data)
+        (instances_path, refs_path), image_folder = self._annotations(data), _image_folder(data)
         refs, instances = _read_pickle(refs_path), _read_json(instances_path)
         try:
-            samples = self._join(refs, instances, split, _image_folder(data))
+            samples = self._join(refs, instances, split, image_folder)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{refs_path} or {instances_path} is not in the REFER layout ({type(error).__name__}: {error}); "
@@ -146,7 +138,7 @@ class Dataset:
         if not samples:
             there = ", ".join(sorted({str(ref["split"]) for ref in refs}))
             raise UserError(f"{refs_path} has no referent in the split {split!r}; it has {there or 'none at all'}")
-        _require_files([sample.image_path for sample in samples])
+        _require_files(image_folder, (sample.image_path for sample in samples))
         return samples
 
     def _annotations(self, data: Path) -> tuple[Path, Path]:
@@ -241,6 +233,31 @@ def _read_pickle(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); download it again") from error
 
 
+def _run_lengths(rle: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+    """COCO's run-length dictionary, compressed (a string) or not (a list), as pycocotools decodes it.
+
+    pycocotools reads beyond the end of runs that are too short for the image, so ValueError where they do not fill it.
+    """
+    counts = rle["counts"]
+    if isinstance(counts, str):
+        runs: list[int] = []
+        value = shift = 0
+        for (
+            letter
+        ) in counts:  # Five bits each, lowest first; bit 5 says that more follow, bit 4 of the last is the sign.
+            digit = ord(letter) - 48
+            value |= (digit & 31) << shift
+            shift += 5
+            if not digit & 32:
+                value -= (digit & 16) << (shift - 4)
+                runs.append(value + runs[-2] if len(runs) > 2 else value)  # From the fourth on, a difference.
+                value = shift = 0
+        counts = runs
+    if list(rle["size"]) != [height, width] or sum(counts) != height * width or min(counts) < 0:
+        raise ValueError(f"its run lengths do not fill an image of {height} x {width}")
+    return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+
+
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
@@ -252,14 +269,14 @@ def _image_folder(data: Path) -> Path | None:
     return next((Path(data) / folder for folder in IMAGE_FOLDERS if (Path(data) / folder).is_dir()), None)
 
 
-def _require_files(paths: Sequence[Path]) -> None:
+def _require_files(folder: Path, paths: Iterable[Path]) -> None:
     # One listing instead of a system call for each of 17,000 images; it also refuses a name that leaves the folder.
-    there = {entry.name for entry in os.scandir(paths[0].parent)}
-    missing = sorted({path.name for path in paths if path.name not in there})
+    there = {entry.path for entry in os.scandir(folder)}
+    missing = sorted({path.name for path in paths if str(path) not in there})
     if missing:
         some = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UserError(
-            f"{len(missing)} images are not in {paths[0].parent}: {some}; unpack train2014.zip of cocodataset.org there"
+            f"{folder} lacks {len(missing)} of the images: {some}; unpack train2014.zip of cocodataset.org there"
         )
 
 
