@@ -21,7 +21,7 @@ Factory = TypeVar("Factory", bound=Callable[..., Any])
 
 
 class Registry:
-    """Factories of one kind ("backbone", "method", ...), found in the modules of one package."""
+    """Factories of one kind ("backbone", "method", ...), found in one module or in the modules of one package."""
 
     def __init__(self, kind: str, package: str) -> None:
         self.kind = kind
@@ -87,7 +87,7 @@ class Registry:
         if not self._imported:
             self._imported = True
             package = importlib.import_module(self._package)
-            for module in pkgutil.iter_modules(package.__path__):
+            for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
                 importlib.import_module(f"{self._package}.{module.name}")
 
 

@@ -1,0 +1,1 @@
+"""Pretrained dual encoders as towers: what a method is injected into, frozen."""

@@ -1,0 +1,224 @@
+"""A backbone is two towers that never meet: an image tower and a text tower, each stem -> stages -> head.
+
+Shapes: B batch, C channels, H W map, N image tokens, L text tokens, E text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ris_bench.errors import UserError
+from ris_bench.registry import Registry
+
+BACKBONES = Registry("backbone", "ris_bench.backbones")
+
+NormStats = Literal["frozen", "batch"]
+
+
+class Features(NamedTuple):
+    """What a backbone hands to the head."""
+
+    maps_BCHW: tuple[Tensor, ...]
+    """One per image stage, fine to coarse."""
+    words_BLE: Tensor
+    sentence_BE: Tensor
+    pad_BL: Tensor
+    """True where a text position is padding."""
+
+
+class TextState(NamedTuple):
+    """What flows through a text tower: a method that adds tokens says where the sentence's last one went."""
+
+    x_BLE: Tensor
+    eot_B: Tensor
+    pad_BL: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One named place of a tower where a method may act."""
+
+    tower: Tower = field(repr=False)
+    kind: str
+    """ "ffn": the MLP of a transformer block. "q", "k", "v": rows of an attention's projection weight. "conv": the 3x3
+    convolution of a bottleneck. "stage": the state after a stage."""
+    step: int
+    """Position of the first step of the tower whose result changes when a method acts here (see `Tower.untouched`)."""
+    depth: int
+    """Position among the sites of this kind in its tower."""
+    width: int
+    """Channels that enter, and leave, the place."""
+    parent: nn.Module = field(repr=False)
+    attr: str
+    first_row: int = 0
+    """For a weight site: where the `width` rows of this projection begin in `parent.attr`, which may pack several."""
+
+    def wrap(self, make: Callable[[nn.Module], nn.Module]) -> None:
+        """Put `make(module)` in the place of the module that stands here."""
+        self.touch()
+        setattr(self.parent, self.attr, make(getattr(self.parent, self.attr)))
+
+    def reparametrize(self, delta: nn.Module) -> None:
+        """Add `delta()` to the rows of the weight that stands here, at every use: packed attention, which reads raw
+        weights and never calls a wrapped projection, then uses it too."""
+        self.touch()
+        nn.utils.parametrize.register_parametrization(self.parent, self.attr, _AddToRows(delta, self.first_row))
+
+    def touch(self) -> None:
+        """Say that what leaves this place depends on tuned parameters, or on the other tower."""
+        self.tower.untouched = min(self.tower.untouched, self.step)
+
+
+class _AddToRows(nn.Module):
+    def __init__(self, delta: nn.Module, first_row: int) -> None:
+        super().__init__()
+        self.delta, self.first_row = delta, first_row
+
+    def forward(self, weight: Tensor) -> Tensor:
+        change = self.delta()
+        after = len(weight) - self.first_row - len(change)
+        return weight + nn.functional.pad(change, (0, 0, self.first_row, after))
+
+
+class Tower(nn.Module):
+    """A pretrained encoder cut into steps: the stem, the stages and the head, numbered 0, 1, ..., len(stages) + 1."""
+
+    stages: nn.ModuleList
+    widths: tuple[int, ...]
+    """Channels of the state after each stage."""
+
+    def __init__(self, stages: list[nn.Module], widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+        self.widths = widths
+        self.untouched = len(stages) + 2
+        """How many leading steps depend neither on tuned parameters nor on the other tower, as methods have said by
+        where they acted: what they compute is the same for every expression of an image and in every epoch."""
+
+    def stem(self, x: Tensor) -> Any:
+        """Input -> state."""
+        raise NotImplementedError
+
+    def head(self, x: Any) -> Any:
+        """State after the last stage -> output."""
+        raise NotImplementedError
+
+    def sites(self) -> Iterator[Site]:
+        """Every place where a method may act, from first to last."""
+        raise NotImplementedError
+
+    def stage_sites(self) -> Iterator[Site]:
+        for i, width in enumerate(self.widths):
+            # What follows the stage changes, not the stage itself.
+            yield Site(tower=self, kind="stage", step=i + 2, depth=i, width=width, parent=self.stages, attr=str(i))
+
+
+class ImageTower(Tower):
+    """A tower whose state can be seen as a map: `maps` are the states after the stages, the last one after the head."""
+
+    strides: tuple[int, ...]
+    """Input pixels per cell of each map."""
+    out_channels: tuple[int, ...]
+    """Channels of each map that the head of the model receives."""
+    convolutional: bool
+    """Whether the state is a map; else it is tokens."""
+
+    def to_map(self, x: Tensor) -> Tensor:
+        """State -> (B, C, H, W)."""
+        raise NotImplementedError
+
+    def add_map(self, x: Tensor, delta_BCHW: Tensor) -> Tensor:
+        """State plus a map; tokens that stand for no place stay as they are."""
+        raise NotImplementedError
+
+
+class Backbone(nn.Module):
+    """An image tower beside a text tower, with what the rest of the model must know to fit them."""
+
+    def __init__(
+        self,
+        image: ImageTower,
+        text: Tower,
+        *,
+        image_size: int,
+        vocab_size: int,
+        sentence_width: int,
+        norm_stats: NormStats = "frozen",
+        not_pretrained: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.image, self.text = image, text
+        self.image_size, self.vocab_size = image_size, vocab_size
+        self.word_width, self.sentence_width = text.widths[-1], sentence_width
+        self.fixed_norms: list[_BatchNorm] = []
+        self.norm_stats = norm_stats
+        self.not_pretrained = not_pretrained
+        """Prefixes of the names of frozen tensors that no weight file holds: they are saved beside the tuned ones."""
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Close every parameter; normalisation statistics too, unless `norm_stats` is "batch".
+
+        What a method injects later is not closed: trainable is what was created or opened after this call.
+        """
+        self.requires_grad_(False)
+        if self.norm_stats == "frozen":
+            self.fixed_norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
+        self.train(self.training)
+
+    def open(self) -> None:
+        """Make every parameter trainable; the statistics stay as `norm_stats` says."""
+        self.requires_grad_(True)
+        self.image.untouched = self.text.untouched = 0
+
+    def train(self, mode: bool = True) -> Backbone:
+        super().train(mode)
+        for norm in self.fixed_norms:
+            norm.eval()
+        return self
+
+    def sites(self, kind: str, towers: tuple[str, ...] = ("image", "text")) -> list[Site]:
+        """All sites of a kind in the named towers, in order. UserError where there is none."""
+        found = [site for name in towers for site in getattr(self, name).sites() if site.kind == kind]
+        if not found:
+            raise UserError(f"this backbone has no {kind!r} site in its {' or '.join(towers)} tower")
+        return found
+
+    def forward(self, image_B3HW: Tensor, tokens_BL: Tensor, between: Between | None = None) -> Features:
+        """Run both towers; `between(i, x, y)` may change their states after stage i: it is how they can meet."""
+        x, y = self.image.stem(image_B3HW), self.text.stem(tokens_BL)
+        maps = []
+        for i, (image_stage, text_stage) in enumerate(zip(self.image.stages, self.text.stages, strict=True)):
+            x, y = image_stage(x), text_stage(y)
+            if between is not None:
+                x, y = between(i, x, y)
+            maps.append(self.image.to_map(x))
+        maps[-1] = self.image.head(x)
+        words_BLE, sentence_BE = self.text.head(y)
+        return Features(tuple(maps), words_BLE, sentence_BE, y.pad_BL)
+
+
+Between = Callable[[int, Tensor, TextState], tuple[Tensor, TextState]]
+
+
+def resize_positions(positions_NC: Tensor, height: int, width: int) -> Tensor:
+    """A square grid of position embeddings (N, C) resized to height x width, bicubic: (height * width, C)."""
+    side = round(len(positions_NC) ** 0.5)
+    if (height, width) == (side, side):
+        return positions_NC
+    grid = positions_NC.T.unflatten(1, (side, side))[None]
+    resized = nn.functional.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+    return resized[0].flatten(1).T
+
+
+def seeded(make: Callable[[], Any], seed: int = 0) -> Any:
+    """What `make` builds with its random numbers drawn from `seed`, whatever was drawn before or is drawn after."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()

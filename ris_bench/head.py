@@ -1,0 +1,183 @@
+"""The decoder that ETRIS and DETRIS train on top of every backbone: hierarchical alignment, global alignment, projector.
+
+Xu et al., ICCV 2023, arXiv:2307.11545; github.com/kkakkkka/ETRIS model/layers.py. Shapes: B batch, C channels, H W map,
+N = H * W cells, L words, E text width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ris_bench.backbones.base import Backbone, Features
+from ris_bench.errors import UserError
+from ris_bench.registry import Registry
+
+HEADS = Registry("head", "ris_bench.head")
+
+
+def conv(in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, padding: int = 0) -> nn.Sequential:
+    layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+def upsampling_conv(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    layer = nn.ConvTranspose2d(in_channels, out_channels, stride, stride, bias=False)
+    return nn.Sequential(layer, nn.BatchNorm2d(out_channels), nn.ReLU())
+
+
+class HierarchicalAlignment(nn.Module):
+    """Maps of all stages -> one map (B, width, H, W) on the middle stage's grid, each multiplied by the sentence."""
+
+    def __init__(self, backbone: Backbone, width: int, heads: int) -> None:
+        super().__init__()
+        strides, channels = backbone.image.strides, backbone.image.out_channels
+        self.to_grid = nn.ModuleList(
+            [
+                conv(channels[0], width, strides[1] // strides[0], strides[1] // strides[0]),
+                conv(channels[1], width),
+                upsampling_conv(channels[2], width, strides[2] // strides[1]),
+            ]
+        )
+        self.sentence = nn.Linear(backbone.sentence_width, width)
+        self.attention = nn.ModuleList(nn.MultiheadAttention(width, heads, batch_first=True) for _ in range(3))
+        self.aggregate = conv(3 * width, width)
+        self.coordinates = nn.Sequential(conv(width + 2, width, 3, padding=1), conv(width, width, 3, padding=1))
+
+    def forward(self, maps_BCHW: tuple[Tensor, ...], sentence_BE: Tensor) -> Tensor:
+        key_B1C = self.sentence(sentence_BE)[:, None]
+        aligned = []
+        for to_grid, attention, map_BCHW in zip(self.to_grid, self.attention, maps_BCHW, strict=True):
+            grid_BCHW = to_grid(map_BCHW)
+            cells_BNC = grid_BCHW.flatten(2).mT
+            cells_BNC = cells_BNC * attention(cells_BNC, key_B1C, key_B1C, need_weights=False)[0]
+            aligned.append(cells_BNC.mT.unflatten(2, grid_BCHW.shape[-2:]))
+        x_BCHW = self.aggregate(torch.cat(aligned, dim=1))
+        return self.coordinates(torch.cat([x_BCHW, coordinates_like(x_BCHW)], dim=1))
+
+
+def coordinates_like(x_BCHW: Tensor) -> Tensor:
+    """The x and y of every cell, from -1 to 1: (B, 2, H, W)."""
+    height, width = x_BCHW.shape[-2:]
+    x_HW = torch.linspace(-1, 1, width, device=x_BCHW.device).expand(height, width)
+    y_HW = torch.linspace(-1, 1, height, device=x_BCHW.device)[:, None].expand(height, width)
+    return torch.stack([x_HW, y_HW]).to(x_BCHW.dtype).expand(len(x_BCHW), 2, height, width)
+
+
+class GlobalAlignmentLayer(nn.Module):
+    """Cells attend to each other, then to the words; pre-norm, with a second norm after each attention."""
+
+    def __init__(self, width: int, word_width: int, heads: int, ffn: int, dropout: float) -> None:
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.cross_attention = nn.MultiheadAttention(
+            width, heads, dropout=dropout, kdim=word_width, vdim=word_width, batch_first=True
+        )
+        self.ffn = nn.Sequential(
+            nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.LayerNorm(ffn), nn.Linear(ffn, width)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.self_norm, self.cross_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BNC: Tensor, words_BLE: Tensor, cell_NC: Tensor, place_LE: Tensor, pad_BL: Tensor) -> Tensor:
+        normed = self.norms[0](x_BNC)
+        query = normed + cell_NC
+        seen = self.self_attention(query, query, normed, need_weights=False)[0]
+        x_BNC = x_BNC + self.dropout(self.self_norm(seen))
+        query = self.norms[1](x_BNC) + cell_NC
+        seen = self.cross_attention(query, words_BLE + place_LE, words_BLE, key_padding_mask=pad_BL, need_weights=False)[0]
+        x_BNC = x_BNC + self.dropout(self.cross_norm(seen))
+        return x_BNC + self.dropout(self.ffn(self.norms[2](x_BNC)))
+
+
+class GlobalAlignment(nn.Module):
+    """Map (B, C, H, W) and words (B, L, E) -> map of the same shape, after `layers` of attention."""
+
+    def __init__(self, width: int, word_width: int, layers: int, heads: int, ffn: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            GlobalAlignmentLayer(width, word_width, heads, ffn, dropout) for _ in range(layers)
+        )
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x_BCHW: Tensor, words_BLE: Tensor, pad_BL: Tensor) -> Tensor:
+        height, width = x_BCHW.shape[-2:]
+        cell_NC = cell_positions(x_BCHW.shape[1], height, width).to(x_BCHW)
+        place_LE = sinusoids(words_BLE.shape[1], words_BLE.shape[2]).to(words_BLE)
+        x_BNC = x_BCHW.flatten(2).mT
+        for layer in self.layers:
+            x_BNC = layer(x_BNC, words_BLE, cell_NC, place_LE, pad_BL)
+        return self.norm(x_BNC).mT.unflatten(2, (height, width))
+
+
+def sinusoids(length: int, width: int) -> Tensor:
+    """Sine and cosine position encodings, interleaved: (length, width)."""
+    rate = torch.exp(torch.arange(0, width, 2) * -(math.log(10000.0) / width))
+    angle = torch.arange(length)[:, None] * rate
+    return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
+
+
+def cell_positions(channels: int, height: int, width: int) -> Tensor:
+    """Half of the channels encode the column, half the row: (height * width, channels)."""
+    column = sinusoids(width, channels // 2).expand(height, width, -1)
+    row = sinusoids(height, channels // 2)[:, None].expand(height, width, -1)
+    return torch.cat([column, row], dim=2).flatten(0, 1)
+
+
+class Projector(nn.Module):
+    """Map (B, C, H, W) -> logits (B, 1, 4H, 4W): a 3x3 convolution whose kernel the sentence writes."""
+
+    def __init__(self, width: int, sentence_width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.refine = nn.Sequential(
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            conv(width, width, 3, padding=1),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            conv(width, half, 3, padding=1),
+            nn.Conv2d(half, half, 1),
+        )
+        self.kernel = nn.Linear(sentence_width, half * 9 + 1)
+
+    def forward(self, x_BCHW: Tensor, sentence_BE: Tensor) -> Tensor:
+        x_BCHW = self.refine(x_BCHW)
+        batch, channels, height, width = x_BCHW.shape
+        kernel = self.kernel(sentence_BE)
+        weight = kernel[:, :-1].reshape(batch, channels, 3, 3)
+        # One group per expression applies every sample's own kernel in one convolution.
+        folded = x_BCHW.reshape(1, batch * channels, height, width)
+        return F.conv2d(folded, weight, kernel[:, -1], padding=1, groups=batch).transpose(0, 1)
+
+
+@HEADS("etris")
+class ETRISHead(nn.Module):
+    """Features -> logits (B, 1, h, w) at a quarter of the input for a grid of stride 16.
+
+    Defaults are those of config/refcoco/bridge_r101.yaml: 24,244,225 parameters on CLIP R101.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        width: int = 512,
+        layers: int = 3,
+        heads: int = 8,
+        ffn: int = 512,
+        dropout: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if width % heads or width % 4:
+            raise UserError(f"head 'etris' has width {width}: it must be a multiple of 4 and of its {heads} heads")
+        self.hierarchical_alignment = HierarchicalAlignment(backbone, width, heads)
+        self.global_alignment = GlobalAlignment(width, backbone.word_width, layers, heads, ffn, dropout)
+        self.projector = Projector(width, backbone.sentence_width)
+
+    def forward(self, features: Features) -> Tensor:
+        x_BCHW = self.hierarchical_alignment(features.maps_BCHW, features.sentence_BE)
+        x_BCHW = self.global_alignment(x_BCHW, features.words_BLE, features.pad_BL)
+        return self.projector(x_BCHW, features.sentence_BE)

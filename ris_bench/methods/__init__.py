@@ -1,0 +1,1 @@
+"""Parameter-efficient tuning methods: one file is one row of the table."""

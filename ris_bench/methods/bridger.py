@@ -1,0 +1,136 @@
+"""Xu et al., "Bridging Vision and Language Encoders" (ETRIS), ICCV 2023. arXiv:2307.11545.
+
+A Bridger lets the two frozen towers exchange features at the end of a stage: both are brought to a small width and one
+grid, attend to each other, and are added back.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ris_bench.backbones.base import Backbone, Features, TextState
+from ris_bench.errors import UserError
+from ris_bench.methods.base import METHODS, Method
+
+
+class FullInteractor(nn.Module):
+    """Self-attention, cross-attention and a feed-forward layer (ETRIS model/layers.py `Interactor`)."""
+
+    def __init__(self, width: int, heads: int, ffn: int = 128, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.self_attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.cross_attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
+        self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, width))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_BNC: Tensor, other_BMC: Tensor) -> Tensor:
+        seen = self.self_attention(x_BNC, x_BNC, x_BNC, need_weights=False)[0]
+        x_BNC = self.norms[0](x_BNC + self.dropout(seen))
+        seen = self.cross_attention(x_BNC, other_BMC, other_BMC, need_weights=False)[0]
+        x_BNC = self.norms[1](x_BNC + self.dropout(seen))
+        return self.norms[2](x_BNC + self.dropout(self.ffn(x_BNC)))
+
+
+class MultiplicativeInteractor(nn.Module):
+    """Cross-attention whose result multiplies the query (ETRIS model/layers.py `InteractorT`)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x_BNC: Tensor, other_BMC: Tensor) -> Tensor:
+        return x_BNC * self.attention(x_BNC, other_BMC, other_BMC, need_weights=False)[0]
+
+
+class Bridge(nn.Module):
+    """One exchange: a map (B, C, H, W) and words (B, L, E) -> what is added to each, and what the next Bridge receives.
+
+    `stride` is the stage's stride over that of the common grid: 1/2 halves the map, 2 doubles it.
+    """
+
+    def __init__(
+        self, channels: int, word_width: int, width: int, heads: int, stride: float, full: bool, follows: bool
+    ) -> None:
+        super().__init__()
+        step = round(max(stride, 1 / stride))
+        fine = nn.ConvTranspose2d if stride > 1 else nn.Conv2d
+        coarse = nn.Conv2d if stride > 1 else nn.ConvTranspose2d
+        self.zoom_in = nn.Sequential(fine(channels, width, step, step, bias=False))
+        self.zoom_out = nn.Sequential(coarse(width, channels, step, step, bias=False))
+        if not full:
+            # The released ViT Bridger normalises and rectifies both ways, the ResNet's neither (model/bridger.py:54, 178).
+            self.zoom_in.extend([nn.BatchNorm2d(width), nn.ReLU()])
+            self.zoom_out.extend([nn.BatchNorm2d(channels), nn.ReLU()])
+        self.word_in, self.word_out = nn.Linear(word_width, width), nn.Linear(width, word_width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2)) if follows else None
+        interactor = FullInteractor if full else MultiplicativeInteractor
+        self.to_image, self.to_text = interactor(width, heads), interactor(width, heads)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(
+        self, map_BCHW: Tensor, words_BLE: Tensor, last: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        zoomed = self.zoom_in(map_BCHW)
+        v_BNC, t_BLC = zoomed.flatten(2).mT, self.word_in(words_BLE)
+        if self.norms is not None:
+            v_BNC, t_BLC = self.norms[0](v_BNC + last[0]), self.norms[1](t_BLC + last[1])
+        v_out, t_out = self.to_image(v_BNC, t_BLC), self.to_text(t_BLC, v_BNC)
+        delta_BCHW = self.zoom_out(v_out.mT.unflatten(2, zoomed.shape[-2:]))
+        return delta_BCHW, self.word_out(t_out), (v_BNC, t_BLC)
+
+
+@METHODS("bridger")
+class Bridger(Method):
+    """Bridges after the chosen stages, both towers in step.
+
+    Defaults are the released configuration for ResNets (config/refcoco/bridge_r101.yaml; 1,942,080 parameters); the
+    paper's counts need width 56 for R50 and 128 for ViT-B/16. `interactor: released` means full attention for
+    convolutional towers and the multiplicative one for ViTs, as the released code has it. Initialisation as in
+    model/bridger.py:64-72; a Bridge is not the identity at the start. A map must divide into the common grid, that of
+    the middle stage: image sizes that are odd multiples of the coarsest stride do.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        width: int = 64,
+        heads: int = 4,
+        stages: tuple[int, ...] = (0, 1, 2),
+        interactor: Literal["released", "full", "multiplicative"] = "released",
+    ) -> None:
+        super().__init__(backbone)
+        image, text = (backbone.sites("stage", (tower,)) for tower in ("image", "text"))
+        if not stages or sorted(set(stages)) != list(stages) or not 0 <= stages[0] <= stages[-1] < len(image):
+            raise UserError(f"method 'bridger' has stages {list(stages)}; give some of {list(range(len(image)))} in order")
+        if width % heads:
+            raise UserError(f"method 'bridger' has width {width}, which its {heads} heads do not divide")
+        full = backbone.image.convolutional if interactor == "released" else interactor == "full"
+        strides = backbone.image.strides
+        self.bridges = nn.ModuleDict()
+        for i in stages:
+            image[i].touch()
+            text[i].touch()
+            self.bridges[str(i)] = Bridge(
+                image[i].width, text[i].width, width, heads, strides[i] / strides[1], full, follows=i != stages[0]
+            )
+
+    def forward(self, backbone: Backbone, image_B3HW: Tensor, tokens_BL: Tensor) -> Features:
+        last: tuple[Tensor, Tensor] | None = None
+
+        def exchange(i: int, x: Tensor, y: TextState) -> tuple[Tensor, TextState]:
+            nonlocal last
+            if str(i) not in self.bridges:
+                return x, y
+            delta_BCHW, delta_BLE, last = self.bridges[str(i)](backbone.image.to_map(x), y.x_BLE, last)
+            return backbone.image.add_map(x, delta_BCHW), y._replace(x_BLE=y.x_BLE + delta_BLE)
+
+        return backbone(image_B3HW, tokens_BL, exchange)

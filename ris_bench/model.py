@@ -1,0 +1,103 @@
+"""A model is a backbone, a method injected into it, and a head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ris_bench.backbones.base import BACKBONES, Backbone
+from ris_bench.backbones.weights import Weights
+from ris_bench.errors import UserError
+from ris_bench.head import HEADS
+from ris_bench.methods.base import METHODS, Method
+from ris_bench.records import Params, Trial
+
+
+class RISModel(nn.Module):
+    """Images (B, 3, H, W), normalised, and tokens (B, L), int64 -> logits (B, 1, h, w)."""
+
+    def __init__(self, backbone: Backbone, method: Method, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.method, self.head = backbone, method, head
+
+    def forward(self, image_B3HW: Tensor, tokens_BL: Tensor) -> Tensor:
+        return self.head(self.method(self.backbone, image_B3HW, tokens_BL))
+
+    def moving_statistics(self, *parts: nn.Module) -> dict[str, Tensor]:
+        """Running means and variances that training moves, by name; of the whole model if no part is named."""
+        fixed = set(self.backbone.fixed_norms)
+        inside = {module for part in parts or (self,) for module in part.modules()}
+        return {
+            f"{name}.{key}": buffer
+            for name, module in self.named_modules()
+            if isinstance(module, _BatchNorm) and module not in fixed and module in inside
+            for key, buffer in module.named_buffers(recurse=False)
+        }
+
+    def tuned_tensors(self) -> dict[str, Tensor]:
+        """What pretrained weights do not give back: tuned parameters, moving statistics, frozen tensors of no file."""
+        kept = tuple(f"backbone.{prefix}" for prefix in self.backbone.not_pretrained)
+        tensors = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        tensors |= self.moving_statistics()
+        return tensors | {name: t for name, t in self.state_dict().items() if kept and name.startswith(kept)}
+
+    def save_tuned(self, file: Path) -> None:
+        save_file({name: t.detach().cpu().contiguous() for name, t in self.tuned_tensors().items()}, file)
+
+    def load_tuned(self, file: Path) -> None:
+        """Strict: the file must hold exactly the tuned tensors of this model. Raises UserError otherwise."""
+        try:
+            saved = load_file(file)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"cannot read the tuned tensors {file}: {error}") from error
+        self.set_tuned(saved, str(file))
+
+    def set_tuned(self, saved: dict[str, Tensor], source: str) -> None:
+        own = self.tuned_tensors()
+        wrong = sorted(
+            name for name in own.keys() | saved.keys() if name not in own or name not in saved or own[name].shape != saved[name].shape
+        )
+        if wrong:
+            raise UserError(f"{source} does not fit this model: {len(wrong)} tensors differ, the first is {wrong[0]}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+
+    def count(self) -> Params:
+        statistics = self.moving_statistics(self.backbone, self.method)
+        return Params(
+            tunable_backbone=count(self.backbone, self.method, tunable=True),
+            tunable_head=count(self.head, tunable=True),
+            moving_statistics=sum(t.numel() for name, t in statistics.items() if "running" in name),
+            total=count(self),
+        )
+
+
+def count(*parts: nn.Module, tunable: bool = False) -> int:
+    """Scalars in the parameters of the parts, by identity."""
+    distinct = {p for part in parts for p in part.parameters() if p.requires_grad or not tunable}
+    return sum(p.numel() for p in distinct)
+
+
+def build(trial: Trial, weights: Weights | None) -> RISModel:
+    """The model of a trial, before training; without pretrained weights where `weights` is None.
+
+    The three parts draw from the seed apart, so that every method of an experiment meets the same head.
+    """
+    torch.manual_seed(trial.seed)
+    backbone = BACKBONES.build(trial.backbone, weights)
+    torch.manual_seed(trial.seed)
+    method = METHODS.build(trial.method, backbone)
+    torch.manual_seed(trial.seed)
+    return RISModel(backbone, method, HEADS.build(trial.head, backbone))
+
+
+def count_parameters(trial: Trial) -> Params:
+    """Counts without memory or weights, on the meta device. Raises UserError for an impossible combination."""
+    with torch.device("meta"):
+        return build(trial, None).count()
