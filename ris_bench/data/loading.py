@@ -87,13 +87,16 @@ class ReferentBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from the one with index `start`."""
+        plan = self._plan(epoch)[start:]
+        return _load(_Batches(self._samples, self._tokens_NL, self._pixels, plan, masks=True), self._num_workers)
+
+    def _plan(self, epoch: int) -> list[list[int]]:
         chosen = []
         for positions in self._referents:
             ref_id = self._samples[positions[0]].ref_id
             sentence = draw("sentence", self._seed, epoch, ref_id) % len(positions)
             chosen.append((draw("order", self._seed, epoch, ref_id), positions[sentence]))
-        plan = self._cut([position for _, position in sorted(chosen)])[start:]
-        return _load(_Batches(self._samples, self._tokens_NL, self._pixels, plan, masks=True), self._num_workers)
+        return self._cut([position for _, position in sorted(chosen)])
 
     def _cut(self, order: list[int]) -> list[list[int]]:
         plan = _cut(order, self._batch_size)

@@ -1,0 +1,248 @@
+"""Tokens and batches: CLIP's ids, one expression per referent and epoch, and an order that nothing can disturb."""
+
+import random
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from ris_bench.data import loading
+from ris_bench.data.loading import Batch, ReferentBatches, Tokenizer, expression_batches
+from ris_bench.data.refcoco import Sample, refcocog_google, referents
+from ris_bench.data.transforms import Letterbox, normalise, restore
+from ris_bench.errors import UserError
+
+SLICE = Path(__file__).parents[2] / "shared" / "refcocog_slice"
+FULL = Tokenizer(17)
+SMALL = Tokenizer(17, 8192)
+WORDS = "man on the left in a red shirt with white hat"
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """13 referents with 1 to 4 expressions on 5 images, each image with a different shape."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    made = []
+    for ref_id in range(100, 113):
+        image_id = ref_id % 5
+        height, width = 40 + 3 * image_id, 50 - 2 * image_id
+        path = folder / f"{image_id}.png"
+        if not path.exists():
+            Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+        x, y = rng.integers(0, 20, 2).tolist()
+        polygons = [[x, y, x + 15, y, x + 15, y + 12, x, y + 12]]
+        for i in range(ref_id % 4 + 1):
+            names = dict(dataset="d", split="train", ref_id=ref_id, sent_id=len(made), sentence_index=i)
+            target = dict(image_id=image_id, ann_id=10 * ref_id, category="thing", segmentation=polygons)
+            text = f"thing {ref_id} number {i}"
+            made.append(
+                Sample(**names, **target, expression=text, raw=text, image_path=path, height=height, width=width)
+            )
+    return made
+
+
+def batches(samples: list[Sample], batch_size: int = 4, seed: int = 0, num_workers: int = 0) -> ReferentBatches:
+    return ReferentBatches(samples, FULL, 32, batch_size, seed, num_workers)
+
+
+def order(made: ReferentBatches, epoch: int = 0, start: int = 0) -> list[list[int]]:
+    return [batch.index_B.tolist() for batch in made.epoch(epoch, start)]
+
+
+def same(made: Iterable[Batch], expected: Iterable[Batch]) -> bool:
+    pairs = ((a, b) for batch, other in zip(made, expected, strict=True) for a, b in zip(batch, other, strict=True))
+    return all(a is b is None or torch.equal(a, b) for a, b in pairs)
+
+
+def test_tokens_are_those_of_clip() -> None:
+    expressions = [WORDS, "  The  MAN's\tdog ", "candle - holder", "caf\u00e9 \u4eba", "12:00"]
+    assert torch.equal(Tokenizer(77)(expressions), open_clip.tokenize(expressions))
+
+
+@pytest.mark.parametrize("tokenizer", [FULL, SMALL])
+def test_start_end_padding_and_cut(tokenizer: Tokenizer) -> None:
+    start, end = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
+    empty, blank, short, long = tokenizer(["", " \n ", "man", "man " * 200])
+    assert empty.dtype == torch.int64 and len(empty) == 17
+    assert empty.tolist() == blank.tolist() == [start, end] + [0] * 15
+    assert short.tolist() == [start, short[1], end] + [0] * 14
+    assert long.tolist() == [start] + [short[1]] * 15 + [end]
+    assert all(row.argmax() == (row == end).nonzero()[0, 0] for row in (empty, short, long))
+
+
+def test_the_small_vocabulary_agrees_where_only_early_merges_are_used() -> None:
+    (full,), (small,) = FULL([WORDS]), SMALL([WORDS])
+    words = (full > 0) & (full < 49406)
+    assert words.sum() == 11  # As many as there are words: each is merged into one piece.
+    assert torch.equal(full[words], small[words])
+    assert small[~words].tolist() == [8190, 8191] + [0] * 4
+
+
+def test_the_small_vocabulary_spells_rare_words_in_pieces() -> None:
+    rare = "giraffe"
+    assert (FULL([rare]) > 8190).sum() == 3
+    pieces = [i for i in SMALL([rare])[0].tolist() if 0 < i < 8190]
+    assert len(pieces) > 1
+    assert "".join(open_clip.tokenizer._tokenizer.decoder[i] for i in pieces) == "giraffe</w>"
+
+
+def test_every_text_fits_the_vocabulary() -> None:
+    bytes_only = Tokenizer(60, 514)
+    text = "".join(map(chr, range(33, 0x250)))
+    for part in range(0, len(text), 20):
+        assert bytes_only([text[part : part + 20]]).max() == 513
+    for impossible in (513, 49409):
+        with pytest.raises(UserError, match="514 to 49408"):
+            Tokenizer(17, impossible)
+
+
+def test_every_referent_once_per_epoch(samples: list[Sample]) -> None:
+    made = batches(samples)
+    assert made.num_referents == 13
+    for epoch in range(3):
+        flat = sum(order(made, epoch), [])
+        assert Counter(samples[i].ref_id for i in flat) == Counter(range(100, 113))
+
+
+@pytest.mark.parametrize("batch_size, lengths", [(4, [4, 4, 5]), (5, [5, 5, 3]), (6, [6, 7]), (13, [13]), (64, [13])])
+def test_the_last_batch_is_kept_and_never_single(samples: list[Sample], batch_size: int, lengths: list[int]) -> None:
+    made = batches(samples, batch_size)
+    assert [len(batch) for batch in order(made)] == lengths
+    assert len(made) == len(lengths)
+
+
+def test_one_referent_is_too_few(samples: list[Sample]) -> None:
+    with pytest.raises(UserError, match="at least 2 referents and has 1"):
+        batches([s for s in samples if s.ref_id == 103])
+
+
+def test_the_contents_of_a_training_batch(samples: list[Sample]) -> None:
+    letterbox = Letterbox(32)
+    for batch in batches(samples).epoch(0):
+        chosen = [samples[i] for i in batch.index_B]
+        pixels = torch.stack([torch.from_numpy(letterbox.image(s.image())) for s in chosen])
+        assert torch.equal(batch.image_B3HW, normalise(pixels))
+        assert torch.equal(batch.tokens_BL, FULL([s.expression for s in chosen]))
+        masks = torch.stack([torch.from_numpy(letterbox.mask(s.mask())) for s in chosen])[:, None]
+        assert batch.mask_B1HW.dtype == torch.float32
+        torch.testing.assert_close(batch.mask_B1HW, masks, rtol=0, atol=1e-6)
+        assert ((masks > 0) & (masks < 1)).any()  # Soft at the outline.
+
+
+def test_epochs_and_seeds_differ_in_order_and_sentence(samples: list[Sample]) -> None:
+    orders = [
+        tuple(samples[i].ref_id for i in sum(order(batches(samples, seed=s), e), [])) for s in (0, 1) for e in (0, 1)
+    ]
+    sentences = [tuple(sorted(sum(order(batches(samples, seed=s), e), []))) for s in (0, 1) for e in (0, 1)]
+    assert len(set(orders)) == len(set(sentences)) == 4
+
+
+def test_every_sentence_gets_its_turn_equally_often(samples: list[Sample]) -> None:
+    made = batches(samples, 64)
+    counts = Counter(i for epoch in range(400) for i in order(made, epoch)[0])
+    for positions in referents(samples):
+        expected = 400 / len(positions)
+        assert all(abs(counts[i] - expected) < 5 * expected**0.5 for i in positions)
+
+
+def test_the_sentence_depends_on_nothing_but_seed_epoch_and_referent(samples: list[Sample]) -> None:
+    everything = {samples[i].ref_id: samples[i].sentence_index for i in sum(order(batches(samples), 2), [])}
+    some = [s for s in samples if s.ref_id in (103, 107, 111)]
+    alone = {some[i].ref_id: some[i].sentence_index for i in sum(order(batches(some, 2), 2), [])}
+    assert alone == {ref_id: everything[ref_id] for ref_id in alone}
+
+
+def test_an_epoch_can_start_anywhere(samples: list[Sample]) -> None:
+    made = batches(samples)
+    whole = list(made.epoch(1))
+    for start in range(len(made) + 1):
+        rest = list(batches(samples).epoch(1, start))
+        assert same(rest, whole[start:])
+
+
+def test_global_random_state_is_neither_used_nor_moved(samples: list[Sample]) -> None:
+    def everything() -> list[Batch]:
+        return [*batches(samples).epoch(0), *expression_batches(samples, FULL, 32, 4)]
+
+    first = everything()
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(123)
+    state, legacy, python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    assert same(first, everything())
+    assert torch.equal(state, torch.get_rng_state())
+    assert np.array_equal(legacy[1], np.random.get_state()[1]) and legacy[2] == np.random.get_state()[2]
+    assert python == random.getstate()
+
+
+def test_workers_change_nothing(samples: list[Sample]) -> None:
+    assert same(batches(samples).epoch(0), batches(samples, num_workers=2).epoch(0))
+    evaluated = (expression_batches(samples, FULL, 32, 4, num_workers=n) for n in (0, 2))
+    assert same(*evaluated)
+
+
+@pytest.mark.parametrize("budget", [0, 32 * 32 * 3 + 10, 2**30])
+def test_the_cache_is_bounded_and_changes_nothing(
+    budget: int, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = list(batches(samples).epoch(0))
+    monkeypatch.setattr(loading, "CACHE_BYTES", budget)
+    made = batches(samples)
+    for _ in range(2):
+        assert same(made.epoch(0), expected)
+    kept = made._pixels._kept.values()
+    assert sum(pixels.nbytes for pixels in kept) <= budget
+    assert len(kept) == {0: 0, 32 * 32 * 3 + 10: 1, 2**30: 5 + 13}[budget]
+
+
+def test_a_cached_epoch_reads_no_file(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    made = batches(samples)
+    expected = list(made.epoch(0))
+    monkeypatch.setattr(Sample, "image", lambda self: pytest.fail("the file was read again"))
+    assert same(made.epoch(0), expected)
+
+
+def test_evaluation_visits_every_sample_once_in_order(samples: list[Sample]) -> None:
+    made = list(expression_batches(samples, FULL, 32, 4))
+    assert torch.cat([batch.index_B for batch in made]).tolist() == list(range(len(samples)))
+    assert [len(batch.index_B) for batch in made][:-1] == [4] * (len(made) - 1)
+    assert all(batch.mask_B1HW is None for batch in made)
+    last = made[-1]
+    assert torch.equal(last.tokens_BL, FULL([samples[i].expression for i in last.index_B]))
+    pixels = torch.from_numpy(Letterbox(32).image(samples[-1].image()))
+    assert torch.equal(last.image_B3HW[-1], normalise(pixels[None])[0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_corrupt_image_ends_in_one_line_that_names_it(
+    num_workers: int, samples: list[Sample], tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"\xff\xd8 no picture")
+    broken = [Sample(**{**vars(s), "image_path": bad}) for s in samples[:5]]
+    for made in (
+        ReferentBatches(broken, FULL, 32, 2, 0, num_workers).epoch(0),
+        expression_batches(broken, FULL, 32, 2, num_workers),
+    ):
+        with pytest.raises(UserError, match=r"bad\.jpg cannot be decoded") as raised:
+            next(made)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(not SLICE.is_dir(), reason="the slice of real RefCOCOg is not there")
+def test_real_masks_come_back_to_their_own_frame() -> None:
+    real = refcocog_google().read(SLICE, "val")
+    seen = []
+    for batch in ReferentBatches(real, Tokenizer(22), 416, 4, seed=0).epoch(0):
+        for index, mask_1HW in zip(batch.index_B.tolist(), batch.mask_B1HW, strict=True):
+            sample = real[index]
+            predicted = restore(mask_1HW[0], Letterbox(416).frame(sample.height, sample.width)).numpy() > 0.5
+            mask = sample.mask() > 0
+            assert (predicted & mask).sum() / (predicted | mask).sum() > 0.95
+            seen.append(index)
+    assert sorted(seen) == list(range(19))
