@@ -89,7 +89,9 @@ class GlobalAlignmentLayer(nn.Module):
         seen = self.self_attention(query, query, normed, need_weights=False)[0]
         x_BNC = x_BNC + self.dropout(self.self_norm(seen))
         query = self.norms[1](x_BNC) + cell_NC
-        seen = self.cross_attention(query, words_BLE + place_LE, words_BLE, key_padding_mask=pad_BL, need_weights=False)[0]
+        seen = self.cross_attention(
+            query, words_BLE + place_LE, words_BLE, key_padding_mask=pad_BL, need_weights=False
+        )[0]
         x_BNC = x_BNC + self.dropout(self.cross_norm(seen))
         return x_BNC + self.dropout(self.ffn(self.norms[2](x_BNC)))
 
@@ -99,9 +101,7 @@ class GlobalAlignment(nn.Module):
 
     def __init__(self, width: int, word_width: int, layers: int, heads: int, ffn: int, dropout: float) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            GlobalAlignmentLayer(width, word_width, heads, ffn, dropout) for _ in range(layers)
-        )
+        self.layers = nn.ModuleList(GlobalAlignmentLayer(width, word_width, heads, ffn, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x_BCHW: Tensor, words_BLE: Tensor, pad_BL: Tensor) -> Tensor:

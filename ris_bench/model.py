@@ -60,7 +60,9 @@ class RISModel(nn.Module):
     def set_tuned(self, saved: dict[str, Tensor], source: str) -> None:
         own = self.tuned_tensors()
         wrong = sorted(
-            name for name in own.keys() | saved.keys() if name not in own or name not in saved or own[name].shape != saved[name].shape
+            name
+            for name in own.keys() | saved.keys()
+            if name not in own or name not in saved or own[name].shape != saved[name].shape
         )
         if wrong:
             raise UserError(f"{source} does not fit this model: {len(wrong)} tensors differ, the first is {wrong[0]}")

@@ -13,7 +13,6 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.model import CLIP, resize_pos_embed
-from open_clip.modified_resnet import ModifiedResNet
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -122,7 +121,9 @@ class MapAttentionPool(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.c_proj = pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj
         self.positional_embedding, self.num_heads = pool.positional_embedding, pool.num_heads
         width, out_width = pool.c_proj.in_features, pool.c_proj.out_features
-        self.connect = seeded(lambda: nn.Sequential(nn.Conv2d(width, out_width, 1, bias=False), nn.BatchNorm2d(out_width)))
+        self.connect = seeded(
+            lambda: nn.Sequential(nn.Conv2d(width, out_width, 1, bias=False), nn.BatchNorm2d(out_width))
+        )
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         height, width = x_BCHW.shape[-2:]
@@ -290,4 +291,6 @@ def clip_vit_b16(weights: Weights | None, *, image_size: int = 416) -> Backbone:
 
 def check_patches(image_size: int, patch: int) -> None:
     if image_size % patch:
-        raise UserError(f"image_size is {image_size}, which is not a multiple of the backbone's patch of {patch} pixels")
+        raise UserError(
+            f"image_size is {image_size}, which is not a multiple of the backbone's patch of {patch} pixels"
+        )

@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ris_bench.backbones.base import BACKBONES, Backbone, ImageTower, Site
-from ris_bench.backbones.clip import NUM_STAGES, Blocks, CLIPText, block_sites, check_patches, load_clip, openai_clip, split
+from ris_bench.backbones.clip import (
+    NUM_STAGES,
+    Blocks,
+    CLIPText,
+    block_sites,
+    check_patches,
+    load_clip,
+    openai_clip,
+    split,
+)
 from ris_bench.backbones.weights import Weights, fit
 
 

@@ -110,7 +110,9 @@ class Bridger(Method):
         super().__init__(backbone)
         image, text = (backbone.sites("stage", (tower,)) for tower in ("image", "text"))
         if not stages or sorted(set(stages)) != list(stages) or not 0 <= stages[0] <= stages[-1] < len(image):
-            raise UserError(f"method 'bridger' has stages {list(stages)}; give some of {list(range(len(image)))} in order")
+            raise UserError(
+                f"method 'bridger' has stages {list(stages)}; give some of {list(range(len(image)))} in order"
+            )
         if width % heads:
             raise UserError(f"method 'bridger' has width {width}, which its {heads} heads do not divide")
         full = backbone.image.convolutional if interactor == "released" else interactor == "full"

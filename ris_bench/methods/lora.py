@@ -41,7 +41,9 @@ class LoRA(Method):
         super().__init__(backbone)
         ranks = {"text": text_rank, "image": image_rank}
         if min(ranks.values()) < 0 or not any(ranks.values()):
-            raise UserError(f"method 'lora' has text_rank {text_rank} and image_rank {image_rank}: one must be positive")
+            raise UserError(
+                f"method 'lora' has text_rank {text_rank} and image_rank {image_rank}: one must be positive"
+            )
         for tower, rank in ranks.items():
             if rank:
                 for site in backbone.sites("q", (tower,)) + backbone.sites("v", (tower,)):
