@@ -1,4 +1,4 @@
-"""The decoder that ETRIS and DETRIS train on top of every backbone: hierarchical alignment, global alignment, projector.
+"""The decoder that ETRIS trains on top of every backbone: hierarchical alignment, global alignment, projector.
 
 Xu et al., ICCV 2023, arXiv:2307.11545; github.com/kkakkkka/ETRIS model/layers.py. Shapes: B batch, C channels, H W map,
 N = H * W cells, L words, E text width.

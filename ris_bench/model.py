@@ -59,11 +59,8 @@ class RISModel(nn.Module):
 
     def set_tuned(self, saved: dict[str, Tensor], source: str) -> None:
         own = self.tuned_tensors()
-        wrong = sorted(
-            name
-            for name in own.keys() | saved.keys()
-            if name not in own or name not in saved or own[name].shape != saved[name].shape
-        )
+        shapes, given = ({name: t.shape for name, t in state.items()} for state in (own, saved))
+        wrong = sorted({name for name, _ in shapes.items() ^ given.items()})
         if wrong:
             raise UserError(f"{source} does not fit this model: {len(wrong)} tensors differ, the first is {wrong[0]}")
         with torch.no_grad():

@@ -117,9 +117,8 @@ class _Run:
         samples = {split: self.read(dataset, split) for split in trial.eval.splits or dataset.eval_splits}
         validation = samples.get(trial.eval.select_on) or self.read(dataset, trial.eval.select_on)
         self.steps = len(batches) * training.epochs
-        self.log(
-            f"{batches.num_referents} referents, {self.steps} steps; {', '.join(f'{len(s)} expressions in {n}' for n, s in samples.items())}"
-        )
+        sizes = ", ".join(f"{len(expressions)} expressions in {split}" for split, expressions in samples.items())
+        self.log(f"{batches.num_referents} referents, {self.steps} steps; {sizes}")
 
         torch.manual_seed(trial.seed)
         self.clock = time.monotonic()
@@ -156,6 +155,12 @@ class _Run:
     @property
     def loading_processes(self) -> int:
         return 0 if self.device.type == "cpu" else LOADING_PROCESSES
+
+    @property
+    def precision(self) -> str:
+        """The arithmetic that is really used."""
+        asked = self.trial.train.precision
+        return "fp32" if reduced(asked, self.device) is None else asked
 
     @property
     def settings(self) -> dict:
@@ -245,11 +250,7 @@ class _Run:
             history=tuple(self.history),
             params=self.params,
             cost=self.cost,
-            provenance=provenance(
-                self.started,
-                self.weights.sha256,
-                self.trial.train.precision if reduced(self.trial.train.precision, self.device) else "fp32",
-            ),
+            provenance=provenance(self.started, self.weights.sha256, self.precision),
         )
 
 

@@ -190,7 +190,7 @@ class CLIPResNet(ImageTower):
 
 
 class CLIPViT(ImageTower):
-    """Image -> maps at stride 16 (the patch): tokens after a third and two thirds of the blocks, and the projected last."""
+    """Image -> maps at the patch's stride: tokens after each third of the blocks, the last normalised and projected."""
 
     convolutional = False
 
@@ -291,6 +291,4 @@ def clip_vit_b16(weights: Weights | None, *, image_size: int = 416) -> Backbone:
 
 def check_patches(image_size: int, patch: int) -> None:
     if image_size % patch:
-        raise UserError(
-            f"image_size is {image_size}, which is not a multiple of the backbone's patch of {patch} pixels"
-        )
+        raise UserError(f"image_size is {image_size}; it must be a multiple of the backbone's patch of {patch} pixels")

@@ -1,6 +1,6 @@
 """The same towers at small widths with shipped weights: the quickstart and the tests run on these.
 
-`python -m ris_bench.backbones.pretrain` made the weights, on generated scenes that no experiment sees.
+`python -m ris_bench.pretrain` made the weights, on generated scenes that no experiment sees.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class Bridge(nn.Module):
         self.zoom_in = nn.Sequential(fine(channels, width, step, step, bias=False))
         self.zoom_out = nn.Sequential(coarse(width, channels, step, step, bias=False))
         if not full:
-            # The released ViT Bridger normalises and rectifies both ways, the ResNet's neither (model/bridger.py:54, 178).
+            # The released ViT Bridger normalises and rectifies both ways, the ResNet's neither (model/bridger.py).
             self.zoom_in.extend([nn.BatchNorm2d(width), nn.ReLU()])
             self.zoom_out.extend([nn.BatchNorm2d(channels), nn.ReLU()])
         self.word_in, self.word_out = nn.Linear(word_width, width), nn.Linear(width, word_width)

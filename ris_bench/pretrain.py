@@ -1,4 +1,4 @@
-"""Pre-trains the tiny backbones on generated scenes: `python -m ris_bench.backbones.pretrain NAME`.
+"""Pre-trains the tiny backbones on generated scenes: `python -m ris_bench.pretrain NAME`.
 
 The CLIP pair learns as CLIP does, contrastively from images and captions of the whole image; the DINO one never meets a
 word and fills in masked patches. Their scenes come from seeds that no data set uses (`scenes.PRETRAINING_SEED`).
@@ -51,7 +51,7 @@ def contrastive_loss(clip: CLIP, image_B3HW: Tensor, tokens_BL: Tensor) -> tuple
 
 
 class MaskedPatches(nn.Module):
-    """Masked image modelling (SimMIM, arXiv:2111.09886): hidden patches are told from the others, as normalised pixels."""
+    """Masked image modelling (SimMIM, arXiv:2111.09886): the pixels of hidden patches are told from the others."""
 
     def __init__(self, vit: VisionTransformer, hidden_share: float = 0.6) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "backbones" / "tiny")
     args = parser.parse_args()
     state = pretrain(args.name, args.steps, args.scenes, args.batch_size, args.lr, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
