@@ -23,9 +23,11 @@ from open_clip.model import CLIP, build_model_from_openai_state_dict, convert_we
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from ris_bench.backbones import weights
-from ris_bench.backbones.weights import SOURCES, Weights, fit, locate, read, sha256
+from ris_bench.backbones import clip, dinov2, tiny, weights
+from ris_bench.backbones.base import BACKBONES
+from ris_bench.backbones.weights import KINDS, SOURCES, Weights, fit, locate, read, sha256
 from ris_bench.errors import UserError
+from ris_bench.records import Choice
 
 # TorchScript is deprecated; OpenAI's files are what they are.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
@@ -53,11 +55,11 @@ def save_traced(state, path):
     torch.jit.save(torch.jit.trace(root, torch.zeros(1)), path)
 
 
-def openai_state(clip):
+def openai_state(model):
     """What OpenAI released of a CLIP: partly fp16, with three settings among the tensors."""
-    convert_weights_to_fp16(clip)
+    convert_weights_to_fp16(model)
     settings = {"input_resolution": 64, "context_length": 77, "vocab_size": 49408}
-    return clip.state_dict() | {name: torch.tensor(value) for name, value in settings.items()}
+    return model.state_dict() | {name: torch.tensor(value) for name, value in settings.items()}
 
 
 def small_clip(vision):
@@ -78,12 +80,15 @@ def small_dino():
 
 
 def meta_state(vit):
-    """The weights of one of timm's reg4 models under facebookresearch/dinov2's names, where the class token has a
-    position of its own."""
-    state = vit.state_dict()
-    class_position_11C = torch.randn_like(state["cls_token"])
+    """The weights of one of timm's reg4 models under facebookresearch/dinov2's names.
+
+    There the class token has a position of its own, which the model given receives into its class token.
+    """
+    class_position_11C = torch.randn_like(vit.cls_token)
+    state = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    vit.cls_token.data += class_position_11C
     return {
-        "cls_token": state.pop("cls_token") - class_position_11C,
+        "cls_token": state.pop("cls_token"),
         "pos_embed": torch.cat([class_position_11C, state.pop("pos_embed")], dim=1),
         "register_tokens": state.pop("reg_token"),
         "mask_token": torch.zeros(1, vit.embed_dim),
@@ -101,6 +106,23 @@ def test_sources_are_what_the_libraries_know():
         assert repository.startswith("timm/")
         assert source.is_clip == kind.startswith("clip-")
         assert source.model in (open_clip.list_models() if source.is_clip else timm.list_models())
+
+
+def test_kinds_say_what_each_backbone_loads(monkeypatch):
+    class Recorder(Weights):
+        def load(self, kind):
+            self.sha256[kind] = ""
+            return {}, kind
+
+    for module in (clip, dinov2, tiny):
+        monkeypatch.setattr(module, "fit", lambda *_, **__: None)
+    loaded = {}
+    for name in BACKBONES:
+        recorder = Recorder(None)
+        with torch.device("meta"):
+            BACKBONES.build(Choice(name=name), recorder)
+        loaded[name] = tuple(recorder.sha256)
+    assert loaded == KINDS
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -466,13 +488,13 @@ def test_openai_weights_fit_open_clip_and_compute_the_same(vision, form, tmp_pat
     state, file = source.load("clip-r50")
     assert file == str(tmp_path / form)
     assert source.sha256 == {form: hashlib.sha256((tmp_path / form).read_bytes()).hexdigest()}
-    clip = small_clip(vision).eval()
-    fit(clip, state, file=file)
+    ours = small_clip(vision).eval()
+    fit(ours, state, file=file)
     expected = build_model_from_openai_state_dict(dict(released), cast_dtype=torch.float32).float()
     image = torch.randn(1, 3, vision["image_size"], vision["image_size"])
     tokens = torch.randint(100, (1, 8))
-    assert torch.equal(clip.encode_image(image), expected.encode_image(image))
-    assert torch.equal(clip.encode_text(tokens), expected.encode_text(tokens))
+    assert torch.equal(ours.encode_image(image), expected.encode_image(image))
+    assert torch.equal(ours.encode_text(tokens), expected.encode_text(tokens))
 
 
 @pytest.mark.parametrize("form", ["meta", "timm"])
@@ -553,3 +575,34 @@ def test_sha256_is_that_of_the_whole_file(tmp_path):
     content = bytes(range(256)) * 5000
     (tmp_path / "x").write_bytes(content)
     assert sha256(tmp_path / "x") == hashlib.sha256(content).hexdigest()
+
+
+# The full models, from files of their real size to the towers.
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("name", ["clip-r50", "clip-vit-b16", "dinov2-b"])
+def test_a_backbone_holds_the_numbers_of_its_files(name, tmp_path):
+    released = []
+    for kind in KINDS[name]:
+        source = SOURCES[kind]
+        if source.is_clip:
+            state = openai_state(CLIP(**open_clip.get_model_config(source.model)))
+            save_traced(state, tmp_path / source.file)
+        else:
+            vit = timm.create_model(source.model, num_classes=0)
+            torch.save(meta_state(vit), tmp_path / source.file)
+            state = vit.state_dict()
+        released += state.values()
+    loaded = Weights(tmp_path)
+    backbone = BACKBONES.build(Choice(name=name, options={"image_size": 224}), loaded)
+    assert loaded.sha256.keys() == {SOURCES[kind].file for kind in KINDS[name]}
+    known = {fingerprint(tensor) for tensor in released}
+    unknown = [key for key, tensor in backbone.state_dict().items() if fingerprint(tensor) not in known]
+    assert all(key.startswith(backbone.not_pretrained) for key in unknown), unknown
+
+
+def fingerprint(tensor):
+    """Equal for the same numbers, whatever the precision they are kept in."""
+    values = tensor.detach().float().flatten()
+    return tensor.shape, values.double().sum().item(), tuple(values[:8].tolist())

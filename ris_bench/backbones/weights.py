@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from ris_bench.errors import UserError
 
-
 HUB_TIMEOUT = 5.0
 """Seconds that the hub may take to answer at all."""
 
@@ -65,6 +64,13 @@ SOURCES = {
     "dinov2-l": Source("vit_large_patch14_reg4_dinov2", "dinov2_vitl14_reg4_pretrain.pth"),
 }
 """By kind. Any other kind is `tiny/<kind>.safetensors` of this package."""
+
+KINDS = {name: (name,) for name in (*SOURCES, "tiny-clip-rn", "tiny-clip-vit")} | {
+    "dinov2-b": ("dinov2-b", "clip-vit-b16"),
+    "dinov2-l": ("dinov2-l", "clip-vit-b16"),
+    "tiny-dino": ("tiny-dino", "tiny-clip-vit"),
+}
+"""What each backbone loads: to be located before a long run starts."""
 
 
 class Weights:
