@@ -92,6 +92,14 @@ def test_the_small_vocabulary_spells_rare_words_in_pieces() -> None:
     assert "".join(open_clip.tokenizer._tokenizer.decoder[i] for i in pieces) == "giraffe</w>"
 
 
+def test_the_small_vocabulary_ends_where_it_says() -> None:
+    pieces = open_clip.tokenizer._tokenizer
+    edge = [i for i in range(8150, 8230) if pieces.decoder[i].removesuffix("</w>").isascii()]
+    for i, (first, second) in zip(edge, SMALL([pieces.decode([i]) for i in edge])[:, 1:3].tolist(), strict=True):
+        if pieces.decoder[i].endswith("</w>"):  # A whole word: one piece where its merge is kept, several where not.
+            assert (first, second) == (i, 8191) if i < 8190 else second < 8190
+
+
 def test_every_text_fits_the_vocabulary() -> None:
     bytes_only = Tokenizer(60, 514)
     text = "".join(map(chr, range(33, 0x250)))

@@ -75,5 +75,5 @@ def restore(map_HW: Tensor, frame: Frame) -> Tensor:
 
 def normalise(image_BHW3: Tensor) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) with CLIP's mean and standard deviation."""
-    mean_311, std_311 = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    return image_BHW3.permute(0, 3, 1, 2).contiguous().float().div_(255).sub_(mean_311).div_(std_311)
+    mean_311, std_311 = (255 * torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    return image_BHW3.permute(0, 3, 1, 2).contiguous().float().sub_(mean_311).div_(std_311)
