@@ -96,10 +96,11 @@ class Weights:
         elif source:
             with torch.device("meta"):
                 model = timm.create_model(source.model, num_classes=0)
+            # Meta's names to timm's: mask_token is dropped, the class token's position is added to it. The library
+            # takes names and shapes on trust, so a wrong file can fail anywhere in it.
             try:
-                # Meta's names to timm's: mask_token is dropped, the class token's position is added to it.
                 state = checkpoint_filter_fn(state, model)
-            except (KeyError, RuntimeError) as error:
+            except Exception as error:
                 raise UserError(f"{path} does not hold the weights of {kind} ({_brief(error)})") from None
         self.sha256[path.name] = sha256(path)
         return state, str(path)
