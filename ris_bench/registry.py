@@ -85,10 +85,10 @@ class Registry:
 
     def _import_siblings(self) -> None:
         if not self._imported:
-            self._imported = True
             package = importlib.import_module(self._package)
             for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
                 importlib.import_module(f"{self._package}.{module.name}")
+            self._imported = True
 
 
 def checked(value: Any, hint: Any, what: str) -> Any:

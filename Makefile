@@ -1,0 +1,21 @@
+# `make quickstart` and `make test` set up .venv by themselves, and skip what is done.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint
+
+quickstart: .venv/installed
+	$(BIN)/python run_bench.py experiments/quickstart.yaml
+
+test: .venv/installed
+	$(BIN)/python -m pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The mark is made last, so that an interrupted installation is done again.
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

@@ -1,0 +1,53 @@
+"""Fixtures shared by the tests: tiny models of every registered pair."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ris_bench.backbones.base import BACKBONES
+from ris_bench.backbones.weights import Weights
+from ris_bench.head import HEADS
+from ris_bench.methods.base import METHODS
+from ris_bench.model import RISModel
+
+TINY = [name for name in BACKBONES if name.startswith("tiny-")]
+OPTIONS = {"bridger": {"width": 16}}
+"""Options without which a method does not fit a tiny backbone's size."""
+TINY_HEAD = {"width": 16, "layers": 1, "heads": 2, "ffn": 16}
+
+
+def tiny_model(backbone_name: str, method_name: str, seed: int = 0, head: dict | None = None, **backbone_options) -> RISModel:
+    """A model with the shipped weights."""
+    backbone = BACKBONES[backbone_name](Weights(None), **backbone_options)
+    torch.manual_seed(seed)
+    method = METHODS[method_name](backbone, **OPTIONS.get(method_name, {}))
+    torch.manual_seed(seed)
+    return RISModel(backbone, method, HEADS["etris"](backbone, **{**TINY_HEAD, **(head or {})}))
+
+
+def inputs(model: RISModel, batch: int = 3, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random images, and tokens of expressions of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    size, vocabulary = model.backbone.image_size, model.backbone.vocab_size
+    images = torch.randn(batch, 3, size, size, generator=generator)
+    tokens = torch.randint(1, vocabulary - 2, (batch, 17), generator=generator)
+    for i in range(batch):
+        length = 4 + 3 * i % 12
+        tokens[i, 0], tokens[i, length], tokens[i, length + 1 :] = vocabulary - 2, vocabulary - 1, 0
+    return images, tokens
+
+
+@pytest.fixture(params=TINY)
+def backbone_name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=list(METHODS))
+def method_name(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(backbone_name, method_name) -> RISModel:
+    return tiny_model(backbone_name, method_name)
