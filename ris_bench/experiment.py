@@ -1,0 +1,280 @@
+"""An experiment file: one complete trial, the axes along which it varies, and the table that shows what came out."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import permutations, product
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ris_bench.backbones.base import BACKBONES
+from ris_bench.data.refcoco import DATASETS, Dataset
+from ris_bench.errors import UserError
+from ris_bench.head import HEADS
+from ris_bench.layout import Layout, read_layout
+from ris_bench.located import Located, read
+from ris_bench.methods.base import METHODS
+from ris_bench.records import Choice, Evaluation, Result, Training, Trial
+
+CHOICES = {"dataset": DATASETS, "backbone": BACKBONES, "method": METHODS, "head": HEADS}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trial and its place in the experiment."""
+
+    trial: Trial
+    axes: Mapping[str, str]
+    """The label of its value on every axis."""
+    splits: tuple[str, ...]
+    """What it reports, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A named set of trials and their table; what is to be run next is a function of the results that are known."""
+
+    name: str
+    """Of the folder that its table is written to."""
+    title: str
+    notes: tuple[str, ...]
+    path: Path
+    axes: Mapping[str, tuple[str, ...]]
+    """Labels by axis, in the order of the file; the axes of `choose` come last."""
+    choose: tuple[str, ...]
+    """Axes of which each cell uses one value: the one that scores best on the validation split with the first seed."""
+    runs: tuple[Run, ...]
+    """The whole product of the axes."""
+    table: Layout
+    assignments: tuple[str, ...]
+    """What was set on the command line."""
+
+    def trials(self, results: Mapping[str, Result] = MappingProxyType({})) -> list[Trial]:
+        """Every trial that has to be run as far as `results`, by trial id, can tell; those with a result included.
+
+        Where values are to be chosen, a cell asks for all of them with the first seed, and for the other seeds of the
+        best one as soon as it is known.
+        """
+        wanted = {run.trial.id for cell in self._cells() for run in self._stages(cell, results)[0]}
+        return [run.trial for run in self.runs if run.trial.id in wanted]
+
+    def reported(self, results: Mapping[str, Result]) -> list[Run]:
+        """The runs that the table shows: with the chosen values, or all values of a cell in which every one failed."""
+        return [run for cell in self._cells() for run in self._stages(cell, results)[1]]
+
+    def _cells(self) -> list[list[Run]]:
+        cells: dict[tuple[str, ...], list[Run]] = {}
+        for run in self.runs:
+            key = tuple(label for axis, label in run.axes.items() if axis not in ("seed", *self.choose))
+            cells.setdefault(key, []).append(run)
+        return list(cells.values())
+
+    def _stages(self, cell: list[Run], results: Mapping[str, Result]) -> tuple[list[Run], list[Run]]:
+        # What to run, and what to report of it.
+        first = [run for run in cell if run.trial.seed == cell[0].trial.seed]
+        if len(first) == 1:
+            return cell, cell
+        if any(run.trial.id not in results for run in first):
+            return first, []
+        done = [run for run in first if results[run.trial.id].status == "done"]
+        if not done:
+            return first, first
+        best = max(done, key=lambda run: _selection_score(results[run.trial.id]))
+        chosen = [run for run in cell if all(run.axes[axis] == best.axes[axis] for axis in self.choose)]
+        return first + chosen, chosen
+
+
+def _selection_score(result: Result) -> float:
+    evaluation = result.trial.eval
+    return getattr(result.scores[evaluation.select_on], evaluation.metric)
+
+
+def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
+    """Read an experiment file; each assignment `key=value` replaces a key of `defaults`, or an axis by one value.
+
+    Raises UserError, which begins with FILE:LINE or with the assignment, for all that cannot be run or tabulated as it
+    is written. The file is checked as it stands first, so that its table is known to fit its own grid.
+    """
+    top = _read_file(path).keys(
+        "the experiment",
+        allowed=("name", "title", "notes", "defaults", "grid", "choose", "table"),
+        required=("name", "title", "defaults", "grid", "table"),
+    )
+    defaults, sections = top["defaults"], [top[key].mapping(key) for key in ("grid", "choose") if key in top]
+    _trial(defaults)
+    _check_keys(*sections)
+    grid, *chosen = [{key: _labelled(key, item.items(key)) for key, item in section.items()} for section in sections]
+    axes = grid | (choose := dict(*chosen))
+    runs = _runs(defaults, axes, choose)
+    table = read_layout(top["table"], grid, choose, runs)
+    for assignment in assignments:
+        defaults, axes = _assign(assignment, defaults, axes)
+    if assignments:
+        runs = _runs(defaults, axes, choose)
+        # A column about values that are no longer there has nothing to show.
+        kept = (c for c in table.columns if all(label in axes[axis] for axis, label in c.where.items()))
+        table = replace(table, columns=tuple(kept))
+    return Experiment(
+        name=_name(top["name"]),
+        title=top["title"].typed(str, "title"),
+        notes=top["notes"].typed(tuple[str, ...], "notes") if "notes" in top else (),
+        path=path,
+        axes={key: tuple(values) for key, values in axes.items()},
+        choose=tuple(key for key in choose if len(axes[key]) > 1),
+        runs=tuple(runs),
+        table=table,
+        assignments=tuple(assignments),
+    )
+
+
+def _read_file(path: Path) -> Located:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name an experiment file") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8") from None
+    return read(text, lambda line: f"{path}:{line}")
+
+
+def _name(item: Located) -> str:
+    name = item.typed(str, "name")
+    # What experiments share lies in results/trials.
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name) or name == "trials":
+        raise item.error(f"name is {name!r}; a folder is named so: use letters, digits, _ . + -, and not 'trials'")
+    return name
+
+
+def _choice(kind: str, item: Located) -> Choice:
+    if isinstance(item.value, str):
+        name, chosen, options = item.value, item, {}
+    elif isinstance(item.value, dict) and len(item.value) == 1:
+        [(name, chosen)] = item.value.items()
+        options = chosen.mapping(f"{kind}.{name}")
+    else:
+        raise item.error(f"{kind} is {item.plain()!r}; write a name, or {{name: {{option: value}}}}")
+    try:
+        return CHOICES[kind].resolve(name, {key: option.plain() for key, option in options.items()})
+    except UserError as error:
+        blamed = (option for key, option in options.items() if f"option {key!r}" in str(error))
+        raise next(blamed, chosen).error(str(error)) from None
+
+
+def _trial(defaults: Located) -> Trial:
+    names = [f.name for f in fields(Trial)]
+    items = defaults.keys("defaults", allowed=names, required=names)
+    trial = Trial(
+        **{kind: _choice(kind, items[kind]) for kind in CHOICES},
+        train=items["train"].record(Training, "train"),
+        eval=items["eval"].record(Evaluation, "eval"),
+        seed=items["seed"].typed(int, "seed"),
+    )
+    try:
+        dataset = DATASETS.build(trial.dataset)
+    except UserError as error:
+        raise items["dataset"].error(str(error)) from None
+    for key, allowed, words in _rules(trial, dataset):
+        if not allowed:
+            section, _, name = key.partition(".")
+            item = items[section].value.get(name, items[section]) if name else items[section]
+            value = getattr(getattr(trial, section), name) if name else trial.seed
+            raise item.error(f"{key} is {list(value) if isinstance(value, tuple) else value!r}; it must be {words}")
+    return trial
+
+
+def _rules(trial: Trial, dataset: Dataset) -> Iterator[tuple[str, bool, str]]:
+    # Key, whether its value is allowed, what is.
+    train, evaluation = trial.train, trial.eval
+    splits, trained = ", ".join(dataset.eval_splits), dict.fromkeys(dataset.train_splits + dataset.eval_splits)
+    bare = [split.removesuffix("/shuffled") for split in evaluation.splits]
+    yield "train.epochs", train.epochs >= 1, "at least 1"
+    yield "train.batch_size", train.batch_size >= 2, "at least 2, because the head normalises over the batch"
+    yield "train.lr", 0 < train.lr < math.inf, "greater than 0"
+    ascending = list(train.milestones) == sorted(set(train.milestones)) and min(train.milestones, default=1) >= 1
+    yield "train.milestones", ascending, "epochs in ascending order, each at least 1"
+    yield "train.gamma", 0 < train.gamma <= 1, "greater than 0 and at most 1"
+    most = train.batch_size // 2
+    yield "train.accumulate", 1 <= train.accumulate <= most, f"from 1 to {most}, so that a micro-batch has 2 referents"
+    yield "train.dice", 0 <= train.dice < math.inf, "at least 0"
+    yield "train.split", train.split in trained, f"a split of {dataset.name}: {', '.join(trained)}"
+    yield "train.split", not train.split.startswith("test"), "no test split: those are only for the final scores"
+    yield "eval.select_on", evaluation.select_on in dataset.eval_splits, f"a split of {dataset.name}: {splits}"
+    honest = not evaluation.select_on.startswith("test")
+    yield "eval.select_on", honest, "no test split: a checkpoint selected on one makes its score meaningless; write val"
+    yield "eval.every", evaluation.every >= 1, "at least 1"
+    yield "eval.threshold", 0 < evaluation.threshold < 1, "between 0 and 1, both excluded"
+    known = all(split in dataset.eval_splits for split in bare)
+    yield "eval.splits", known, f"splits of {dataset.name}, each also as SPLIT/shuffled: {splits}"
+    yield "eval.splits", len(set(evaluation.splits)) == len(evaluation.splits), "without repetition"
+    yield "seed", 0 <= trial.seed < 2**32, "from 0 to 4294967295"
+
+
+def _check_keys(grid: Mapping[str, Located], choose: Mapping[str, Located] = MappingProxyType({})) -> None:
+    for key, item in choose.items():
+        if key in grid:
+            raise item.error(f"{key} is an axis of the grid too; a value is either varied or chosen; remove one")
+        if key.split(".")[0] in ("dataset", "eval", "seed"):
+            raise item.error(
+                f"{key} cannot be chosen by a score; keys of backbone, method, head and train can; remove it"
+            )
+    for (outer, _), (inner, item) in permutations({**grid, **choose}.items(), 2):
+        if inner.startswith(f"{outer}."):
+            raise item.error(f"{inner} is a part of {outer}, which is an axis itself; keep one of them")
+
+
+def _resolved(key: str, item: Located) -> Any:
+    return _choice(key, item) if key in CHOICES else item.plain()
+
+
+def _labelled(key: str, items: list[Located]) -> dict[str, Located]:
+    """The values of an axis by label: the name, with the options in which it differs from others of the name."""
+    values = [_resolved(key, item) for item in items]
+    labelled: dict[str, Located] = {}
+    for value, item in zip(values, items, strict=True):
+        label = str(value)
+        if isinstance(value, Choice):
+            rivals = [other.options for other in values if other.name == value.name]
+            differing = {k: v for k, v in value.options.items() if any(options[k] != v for options in rivals)}
+            label = value.name + (f"({', '.join(f'{k}={v}' for k, v in differing.items())})" if differing else "")
+        if label in labelled:
+            raise item.error(f"{key} has the value {label} twice; a value is given once; remove one")
+        labelled[label] = item
+    return labelled
+
+
+def _runs(defaults: Located, axes: Mapping[str, Mapping[str, Located]], choose: Collection[str]) -> list[Run]:
+    runs = []
+    for labels in product(*axes.values()):
+        document = defaults
+        for (key, values), label in zip(axes.items(), labels, strict=True):
+            document = document.put(key.split("."), values[label], "defaults")
+        trial = _trial(document)
+        splits = trial.eval.splits or DATASETS.build(trial.dataset).eval_splits
+        if choose and trial.eval.select_on not in splits:
+            item = document.value["eval"].value["splits"]
+            raise item.error(f"{', '.join(choose)} is chosen on {trial.eval.select_on}, not among eval.splits; add it")
+        runs.append(Run(trial=trial, axes=dict(zip(axes, labels, strict=True)), splits=splits))
+    return runs
+
+
+def _assign(
+    assignment: str, defaults: Located, axes: dict[str, dict[str, Located]]
+) -> tuple[Located, dict[str, dict[str, Located]]]:
+    key, equals, text = assignment.partition("=")
+    place = f"--set {assignment}"
+    value = read(text, lambda line: place)
+    if not (key and equals):
+        raise value.error("this sets nothing; write --set key=value with a key of defaults, such as train.epochs=2")
+    if key in axes:
+        wanted = _resolved(key, value)
+        same = [label for label, item in axes[key].items() if _resolved(key, item) == wanted]
+        return defaults, {**axes, key: {label: value for label in same} or _labelled(key, [value])}
+    for axis in axes:
+        if axis.startswith(f"{key}.") or key.startswith(f"{axis}."):
+            raise value.error(f"{key} would not act, because the experiment varies {axis}; set {axis} instead")
+    return defaults.put(key.split("."), value, "defaults"), axes

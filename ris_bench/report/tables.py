@@ -1,0 +1,307 @@
+"""The table of an experiment, as a function of its results: Markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+from tabulate import tabulate
+
+from ris_bench.layout import COSTS, COUNTS, METRICS, Column
+from ris_bench.records import Result
+
+if TYPE_CHECKING:  # it imports torch, with the methods that it names
+    from ris_bench.experiment import Experiment, Run
+
+DEFINITIONS = {
+    "miou": "mIoU: mean over expressions of intersection / union",
+    "oiou": "oIoU: sum of intersections / sum of unions",
+    "pr": "Pr@K: share of expressions with IoU > K",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table in three formats; the CSV has unrounded numbers, and neither title nor notes."""
+
+    markdown: str
+    latex: str
+    csv: str
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """What one printed column shows: a column of the layout, or one of its splits."""
+
+    column: Column
+    split: str = ""
+
+    @property
+    def group(self) -> str:
+        """The header with the name of the metric, so that a mIoU is never taken for an oIoU."""
+        header, metric = self.column.header, METRICS.get(self.column.value, "")
+        return header if metric.lower() in header.lower() else f"{header} {metric}".strip()
+
+    @property
+    def title(self) -> str:
+        return f"{self.group} {self.split}".strip()
+
+    @property
+    def digits(self) -> int:
+        whole = self.column.value in COUNTS or self.column.value.endswith("_bytes")
+        default = 0 if whole and self.column.scale is None else 2
+        return default if self.column.digits is None else self.column.digits
+
+    def format(self, number: float) -> str:
+        return f"{number:,.{self.digits}f}"
+
+    def measure(self, result: Result) -> float | None:
+        """The number that is printed of a result; None where it has none."""
+        kind, _, name = self.column.value.partition(".")
+        if kind in ("params", "cost"):
+            record = getattr(result, kind)
+            return None if record is None else getattr(record, name) * (self.column.scale or 1)
+        scores = result.scores.get(self.split)
+        if scores is None or result.status != "done":
+            return None
+        metric, _, threshold = self.column.value.partition("@")
+        return 100 * (scores.precision_at[threshold] if threshold else getattr(scores, metric))
+
+
+@dataclass(frozen=True)
+class _Cell:
+    text: str
+    number: float | None = None
+    spread: float | None = None
+    """Sample standard deviation over the seeds."""
+    partial: bool = False
+    """Some of its trials have no result."""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class _Body:
+    corner: str
+    leaves: tuple[_Leaf, ...]
+    rows: tuple[tuple[str, tuple[_Cell, ...]], ...]
+    """Labels and cells."""
+
+
+def render(experiment: Experiment, results: Mapping[str, Result]) -> Table:
+    """The table of what is known; `results`, by trial id, may lack some and hold others.
+
+    A cell is the mean over its seeds, with the sample standard deviation where there are several. Without a result it
+    is "–", or "failed"; it is marked † where only some of its seeds have one.
+    """
+    layout = experiment.table
+    leaves = tuple(_Leaf(column, split) for column in layout.columns for split in column.splits or ("",))
+    labels = experiment.axes[layout.rows]
+    reported = experiment.reported(results)
+    by_leaf = []
+    for leaf in leaves:
+        where = leaf.column.where.items()
+        runs = [run for run in reported if where <= run.axes.items()]
+        cells = [_cell(leaf, [run for run in runs if run.axes[layout.rows] == label], results) for label in labels]
+        by_leaf.append(_with_best(leaf, cells))
+    rows = tuple((layout.labels.get(label, label), tuple(c[i] for c in by_leaf)) for i, label in enumerate(labels))
+    corner = layout.rows if "." in layout.rows else layout.rows.capitalize()
+    body = _Body(corner, leaves, rows)
+    notes = list(_notes(experiment, results, body))
+    return Table(
+        markdown=_markdown(body, experiment.title, notes),
+        latex=_latex(body, experiment.title, notes, label=experiment.name),
+        csv=_csv(body),
+    )
+
+
+def write(table: Table, folder: Path) -> None:
+    """Write table.md, table.tex and table.csv into a folder; each appears whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix, text in (("md", table.markdown), ("tex", table.latex), ("csv", table.csv)):
+        temporary = folder / f".table.{suffix}.{os.getpid()}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / f"table.{suffix}")
+
+
+def _cell(leaf: _Leaf, runs: Sequence[Run], results: Mapping[str, Result]) -> _Cell:
+    value = leaf.column.value
+    if value not in (*METRICS, *COUNTS, *COSTS):
+        return _Cell(" / ".join(_distinct(run.axes[value] for run in runs)) or "–")
+    known = [results[run.trial.id] for run in runs if run.trial.id in results]
+    numbers = [number for number in map(leaf.measure, known) if number is not None]
+    if not numbers:
+        return _Cell("failed" if any(result.status == "failed" for result in known) else "–")
+    if value in COUNTS:
+        # No seed changes a count; where another axis does, their mean would be the count of no model.
+        texts = _distinct(map(leaf.format, numbers))
+        return _Cell(" / ".join(texts), number=numbers[0] if len(texts) == 1 else None)
+    mean = fmean(numbers)
+    spread = stdev(numbers) if len(numbers) > 1 else None
+    return _Cell(leaf.format(mean), mean, spread, partial=len(numbers) < len(runs))
+
+
+def _with_best(leaf: _Leaf, cells: list[_Cell]) -> list[_Cell]:
+    choose = {"max": max, "min": min, None: None}[leaf.column.best]
+    numbers = [cell.number for cell in cells if cell.number is not None]
+    if choose is None or not numbers:
+        return cells
+    # What is printed alike is equally good.
+    best = leaf.format(choose(numbers))
+    return [replace(cell, best=cell.number is not None and cell.text == best) for cell in cells]
+
+
+def _distinct(values: Iterable[object]) -> list[str]:
+    return list(dict.fromkeys(map(str, values)))
+
+
+def _notes(experiment: Experiment, results: Mapping[str, Result], body: _Body) -> Iterator[str]:
+    trials = [run.trial for run in experiment.runs]
+    metrics = _distinct(leaf.column.value.partition("@")[0] for leaf in body.leaves if leaf.column.value in METRICS)
+    if metrics:
+        thresholds = " or ".join(_distinct(trial.eval.threshold for trial in trials))
+        yield (
+            f"{'; '.join(DEFINITIONS[metric] for metric in metrics)}. In percent, over every expression, in the frame "
+            f"of the original image; a pixel is in the mask where its probability is greater than {thresholds}."
+        )
+    if any(leaf.split.endswith("/shuffled") for leaf in body.leaves):
+        yield "SPLIT/shuffled: the expressions of the split are dealt out to other referents."
+    seeds = _distinct(trial.seed for trial in trials)
+    several = f"Mean ± sample standard deviation over {len(seeds)} seeds ({', '.join(seeds)})."
+    yield several if len(seeds) > 1 else f"One seed ({seeds[0]})."
+    selected = " or ".join(_distinct(f"{t.eval.select_on} by {METRICS[t.eval.metric]}" for t in trials))
+    trained = " or ".join(_distinct(trial.train.split for trial in trials))
+    yield f"Trained on {trained}; checkpoint selected on {selected}."
+    for axis in experiment.choose:
+        values = ", ".join(experiment.axes[axis])
+        yield f"{axis} is chosen per cell out of {values}, on {selected}, with seed {seeds[0]}."
+    if experiment.assignments:
+        yield f"Set on the command line: {', '.join(experiment.assignments)}."
+    yield from experiment.notes
+
+    wanted = experiment.trials(results)
+    known = [results[trial.id] for trial in wanted if trial.id in results]
+    if known:
+        made = [result.provenance for result in known]
+        code = ", ".join(_distinct(f"{p.commit}{' with uncommitted changes' if p.dirty else ''}" for p in made))
+        how = ", ".join(_distinct(f"{r.provenance.precision} on {r.cost.device}" for r in known if r.cost))
+        days = sorted({p.started[:10] for p in made})
+        yield "; ".join(filter(None, [f"Commit {code}", how, " to ".join(_distinct((days[0], days[-1])))])) + "."
+    failed = sum(result.status == "failed" for result in known)
+    counts = [f"{len(known) - failed} of {len(wanted)} trials done"]
+    counts += [f"{failed} failed"] if failed else []
+    counts += [f"{len(wanted) - len(known)} not run"] if len(wanted) > len(known) else []
+    yield f"{', '.join(counts)}."
+    if any(cell.partial for _, cells in body.rows for cell in cells):
+        yield "† Some of the seeds have no result."
+
+
+def _markdown(body: _Body, title: str, notes: Iterable[str]) -> str:
+    def plain(text: str) -> str:
+        return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+    def printed(leaf: _Leaf, cell: _Cell) -> str:
+        text = f"**{cell.text}**" if cell.best else plain(cell.text)
+        spread = "" if cell.spread is None else f" ± {leaf.format(cell.spread)}"
+        return f"{text}{spread}{' †' if cell.partial else ''}"
+
+    lines = tabulate(
+        [[plain(label), *map(printed, body.leaves, cells)] for label, cells in body.rows],
+        headers=[plain(body.corner), *(plain(leaf.title) for leaf in body.leaves)],
+        tablefmt="pipe",
+        colalign=("left", *("right" for _ in body.leaves)),
+        disable_numparse=True,
+    )
+    return f"**{plain(title)}**\n\n{lines}\n\n" + "".join(f"- {plain(note)}\n" for note in notes)
+
+
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        # At the start of a row these two would belong to the command that ended the row before.
+        "[": "{[}",
+        "*": "{*}",
+        "–": "--",
+        "±": r"$\pm$",
+        "†": r"$^\dagger$",
+    }
+)
+
+
+def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
+    def plain(text: str) -> str:
+        return " ".join(text.split()).translate(_LATEX)
+
+    def printed(leaf: _Leaf, cell: _Cell) -> str:
+        text = rf"\textbf{{{plain(cell.text)}}}" if cell.best else plain(cell.text)
+        spread = "" if cell.spread is None else rf" $\pm$ {leaf.format(cell.spread)}"
+        return f"{text}{spread}{plain('†') if cell.partial else ''}"
+
+    def row(cells: Iterable[str]) -> str:
+        return rf"{' & '.join(cells)} \\"
+
+    header = [row([plain(body.corner), *(plain(leaf.split or leaf.group) for leaf in body.leaves)])]
+    above, rules, end = [""], [], 1
+    for _, group in groupby(body.leaves, key=lambda leaf: id(leaf.column)):
+        leaves = list(group)
+        start, end = end + 1, end + len(leaves)
+        if leaves[0].split:
+            above.append(rf"\multicolumn{{{len(leaves)}}}{{c}}{{{plain(leaves[0].group)}}}")
+            rules.append(rf"\cmidrule(lr){{{start}-{end}}}")
+        else:
+            above.append("")
+    if rules:
+        header = [row(above), " ".join(rules), *header]
+    return "\n".join(
+        [
+            r"\begin{table}[t]",
+            r"\centering",
+            rf"\caption{{{plain(title)}}}",
+            rf"\label{{tab:{label}}}",
+            rf"\begin{{tabular}}{{l{'r' * len(body.leaves)}}}",
+            r"\toprule",
+            *header,
+            r"\midrule",
+            *(row([plain(label), *map(printed, body.leaves, cells)]) for label, cells in body.rows),
+            r"\bottomrule",
+            r"\end{tabular}",
+            "",
+            r"\smallskip",
+            r"\parbox{\linewidth}{\footnotesize",
+            *(rf"{plain(note)}\par" for note in notes),
+            "}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def _csv(body: _Body) -> str:
+    spread = [any(cells[i].spread is not None for _, cells in body.rows) for i in range(len(body.leaves))]
+
+    def expand(items: Iterable[tuple[str, str]]) -> list[str]:
+        # The second of a pair has a column only where the table has standard deviations.
+        return [text for pair, both in zip(items, spread, strict=True) for text in pair[: 1 + both]]
+
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:.12g}"
+
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([body.corner, *expand((leaf.title, f"{leaf.title} std") for leaf in body.leaves)])
+    for label, cells in body.rows:
+        texts = ((number(c.number) or c.text.replace("–", ""), number(c.spread)) for c in cells)
+        writer.writerow([label, *expand(texts)])
+    return file.getvalue()
