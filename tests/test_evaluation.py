@@ -1,5 +1,6 @@
 """Evaluation of models whose answers are known: they read brightness, and referents are white on black."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,7 +46,7 @@ def samples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     found = []
     for ref_id, (width, height) in enumerate([(320, 240), (240, 320), (320, 240), (24, 24), (320, 240)]):
-        box = (width // 4, height // 3, width - width // 4, height - height // 5)
+        box = (width // (4 + ref_id), height // 3, width - width // 4, height - height // 5)
         image = Image.new("RGB", (width, height), "black")
         ImageDraw.Draw(image).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), "white")
         image.save(path := folder / f"{ref_id}.png")
@@ -74,7 +75,7 @@ def samples(tmp_path_factory):
 
 
 def reworded(samples, expression):
-    return [Sample(**{**vars(sample), "expression": expression}) for sample in samples]
+    return [replace(sample, expression=expression) for sample in samples]
 
 
 def test_the_ground_truth_scores_one_and_the_background_nothing(samples):
@@ -144,6 +145,22 @@ def test_a_probability_equal_to_the_threshold_is_background(samples):
     assert frame["predicted"].tolist() == [sample.height * sample.width for sample in samples]
 
 
+def test_the_model_computes_in_the_precision_asked_for_and_nothing_else_does(samples):
+    class Rounded(Bright):
+        def forward(self, image_B3HW, tokens_BL):
+            logits_B1hw = super().forward(image_B3HW, tokens_BL)
+            found = logits_B1hw @ torch.eye(SIZE // 4)
+            dtypes.add(found.dtype)
+            return found
+
+    dtypes = set()
+    half = evaluation.evaluate(Rounded(), samples, **SETTINGS, autocast=torch.bfloat16)
+    assert dtypes == {torch.bfloat16}
+    whole = evaluation.evaluate(Bright(), samples, **SETTINGS)
+    # The logits are right to 1/256; interpolated in bfloat16 they would put borders elsewhere.
+    assert (half["predicted"] / whole["predicted"] - 1).abs().max() < 2e-3
+
+
 def test_progress_is_reported_up_to_the_last_expression(samples):
     reports = []
     evaluation.evaluate(Bright(), samples, **SETTINGS, report=lambda done, total: reports.append((done, total)))
@@ -184,7 +201,11 @@ def test_a_table_is_written_whole_or_not_at_all(samples, tmp_path):
     before = path.read_bytes()
     with pytest.raises(Exception, match="object"):
         evaluation.write({"testA": frame.assign(expression=object())}, path)
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+    (folder := tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        evaluation.write({"testA": frame}, folder)
+    assert {path, folder} == set(tmp_path.iterdir())
 
 
 def test_overlays_show_prediction_and_ground_truth(samples, tmp_path):
