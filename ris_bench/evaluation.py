@@ -29,10 +29,8 @@ COUNTS = ("intersection", "union", "predicted", "target")
 
 _IDENTITY = ("dataset", "split", "ref_id", "sent_id", "sentence_index", "image_id", "ann_id", "category", "expression")
 
-_PREDICTION, _TRUTH = (
-    (0, 114, 178),
-    (230, 159, 0),
-)  # Blue and orange of Okabe and Ito: told apart with any colour sense.
+# Blue and orange of Okabe and Ito, which are told apart with any colour sense.
+_PREDICTION, _TRUTH = (0, 114, 178), (230, 159, 0)
 
 
 def evaluate(
