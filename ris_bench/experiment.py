@@ -104,13 +104,13 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
         allowed=("name", "title", "notes", "defaults", "grid", "choose", "table"),
         required=("name", "title", "defaults", "grid", "table"),
     )
-    defaults, sections = top["defaults"], [top[key].mapping(key) for key in ("grid", "choose") if key in top]
+    defaults, grid = top["defaults"], top["grid"].mapping("grid")
+    choose = top["choose"].mapping("choose") if "choose" in top else {}
     _trial(defaults)
-    _check_keys(*sections)
-    grid, *chosen = [{key: _labelled(key, item.items(key)) for key, item in section.items()} for section in sections]
-    axes = grid | (choose := dict(*chosen))
+    _check_keys(grid, choose)
+    axes = {key: _labelled(key, item.items(key)) for key, item in {**grid, **choose}.items()}
     runs = _runs(defaults, axes, choose)
-    table = read_layout(top["table"], grid, choose, runs)
+    table = read_layout(top["table"], {key: axes[key] for key in grid}, choose, runs)
     for assignment in assignments:
         defaults, axes = _assign(assignment, defaults, axes)
     if assignments:
@@ -214,7 +214,7 @@ def _rules(trial: Trial, dataset: Dataset) -> Iterator[tuple[str, bool, str]]:
     yield "seed", 0 <= trial.seed < 2**32, "from 0 to 4294967295"
 
 
-def _check_keys(grid: Mapping[str, Located], choose: Mapping[str, Located] = MappingProxyType({})) -> None:
+def _check_keys(grid: Mapping[str, Located], choose: Mapping[str, Located]) -> None:
     for key, item in choose.items():
         if key in grid:
             raise item.error(f"{key} is an axis of the grid too; a value is either varied or chosen; remove one")
@@ -235,14 +235,14 @@ def _labelled(key: str, items: list[Located]) -> dict[str, Located]:
     """The values of an axis by label: the name, with the options in which it differs from others of the name."""
     values = [_resolved(key, item) for item in items]
     labelled: dict[str, Located] = {}
-    for value, item in zip(values, items, strict=True):
+    for index, (value, item) in enumerate(zip(values, items, strict=True)):
+        if value in values[:index]:
+            raise item.error(f"{key} has the value {item.plain()!r} twice; a value is given once; remove one")
         label = str(value)
         if isinstance(value, Choice):
             rivals = [other.options for other in values if other.name == value.name]
             differing = {k: v for k, v in value.options.items() if any(options[k] != v for options in rivals)}
             label = value.name + (f"({', '.join(f'{k}={v}' for k, v in differing.items())})" if differing else "")
-        if label in labelled:
-            raise item.error(f"{key} has the value {label} twice; a value is given once; remove one")
         labelled[label] = item
     return labelled
 

@@ -61,7 +61,9 @@ def read_layout(
     items = item.keys("table", ("rows", "labels", "columns"), ("rows", "columns"))
     rows = items["rows"].typed(str, "table.rows")
     if rows not in grid:
-        raise items["rows"].error(f"table.rows is {rows!r}; it must be an axis of the grid: {', '.join(grid)}")
+        raise items["rows"].error(
+            f"table.rows is {rows!r}; it must be an axis of the grid: {', '.join(grid) or 'it has none'}"
+        )
     labels = items["labels"].mapping("table.labels") if "labels" in items else {}
     for label, text in labels.items():
         if label not in grid[rows]:

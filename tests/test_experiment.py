@@ -186,7 +186,9 @@ REFUSED = [
     ("norm_stats: batch", "\n      norm: batch #!\n      ", "no option 'norm'", "norm_stats"),
     ("[full, lora]", "\n    - full\n    - lora: {rank: 2} #!", "no option 'rank'", "text_rank"),
     ("[full, lora]", "[full, lora: {scale: 1e1}] #!", "'1e1'", "float"),
-    ("[full, lora]", "[full, lora, full] #!", "the value full twice"),
+    ("[full, lora]", "[full, lora, full] #!", "the value 'full' twice"),
+    ("[full, lora]", "[lora, lora: {scale: 1}] #!", "twice"),
+    ("seed: [0, 1]", "seed: [0]\n  train.lr: [1, 1.0] #!", "the value 1.0 twice"),
     ("[full, lora]", "[] #!", "method is []", "at least one"),
     ("[full, lora]", "full #!", "method is 'full'", "list"),
     ("seed: [0, 1]", "seed: [0, 1]\n  train.lrr: [1.0] #!", "train has no key 'lrr'", "lr"),
@@ -261,7 +263,10 @@ def test_a_tag_runs_nothing(tmp_path):
         ("a: 1\n---\nb: 2\n", ":2: this is not YAML"),
         ("a: " + "[" * 5000, ":1: this is nested too deeply"),
         (TEXT.replace("grid:", "grid: {}\nrest:", 1), ":20: the experiment has no key 'rest'"),
-        (TEXT[: TEXT.index("grid:")] + "grid: {}\n" + TEXT[TEXT.index("table:") :], ":21: table.rows is 'method'"),
+        (
+            TEXT[: TEXT.index("grid:")] + "grid: {}\n" + TEXT[TEXT.index("table:") :],
+            ":21: table.rows is 'method'; it must be an axis of the grid: it has none",
+        ),
         (TEXT[: TEXT.index("columns:")] + "columns: []\n", ":26: table.columns is []"),
     ],
 )

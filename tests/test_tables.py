@@ -196,6 +196,14 @@ def test_one_seed_has_no_deviation(tmp_path):
     assert "std" not in table.csv
 
 
+def test_code_of_unknown_origin_is_told(tmp_path):
+    experiment = read(tmp_path)
+    [trial, *_] = experiment.trials()
+    unknown = dataclasses.replace(PROVENANCE, commit=None, dirty=None)
+    results = {trial.id: dataclasses.replace(done(trial, {}, tuned=0), provenance=unknown)}
+    assert "- Commit unknown; fp16 on a GPU; 2026-03-04." in render(experiment, results).markdown
+
+
 COLUMNS = """\
     - {header: Pr, value: pr@0.5, where: {dataset: refcoco}, splits: [val, val/shuffled]}
     - {header: mIoU of RefCOCO, value: miou, where: {dataset: refcoco}, splits: [val]}

@@ -189,7 +189,9 @@ def _notes(experiment: Experiment, results: Mapping[str, Result], body: _Body) -
     known = [results[trial.id] for trial in wanted if trial.id in results]
     if known:
         made = [result.provenance for result in known]
-        code = ", ".join(_distinct(f"{p.commit}{' with uncommitted changes' if p.dirty else ''}" for p in made))
+        code = ", ".join(
+            _distinct(f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}" for p in made)
+        )
         how = ", ".join(_distinct(f"{r.provenance.precision} on {r.cost.device}" for r in known if r.cost))
         days = sorted({p.started[:10] for p in made})
         yield "; ".join(filter(None, [f"Commit {code}", how, " to ".join(_distinct((days[0], days[-1])))])) + "."
