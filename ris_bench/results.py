@@ -1,0 +1,88 @@
+"""The results folder: `trials/<trial id>/` appears there whole or not at all, and is shared by all experiments."""
+
+from __future__ import annotations
+
+import glob
+import os
+import secrets
+import shutil
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ris_bench.errors import UserError
+from ris_bench.records import Result, Trial
+
+
+@dataclass(frozen=True)
+class Store:
+    """The results under `root`, an absolute path: worker processes have other working directories."""
+
+    root: Path
+
+    def folder(self, trial: Trial) -> Path:
+        """Where a finished trial lies, done or failed."""
+        return self.root / "trials" / trial.id
+
+    def read(self, trial: Trial) -> Result | None:
+        """The result of a trial, or None; a file that does not hold this trial's whole result counts as none."""
+        path = self.folder(trial) / "result.json"
+        try:
+            result = Result.from_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            result = None
+        if result is None or result.trial.id != trial.id:
+            warnings.warn(f"{path} does not hold the result of this trial: it will be run again", stacklevel=2)
+            return None
+        return result
+
+    def begin(self, trial: Trial) -> Path:
+        """A new, empty folder for an attempt at a trial; what earlier attempts left is removed.
+
+        Each attempt has a folder of its own, so that a worker that was given up but still lives (its node lost the
+        network) cannot write into its successor's.
+        """
+        for stale in self.attempts(trial):
+            shutil.rmtree(stale, ignore_errors=True)
+        folder = self.root / "trials" / f".{trial.id}.{secrets.token_hex(4)}.partial"
+        folder.mkdir(parents=True)
+        return folder
+
+    def attempts(self, trial: Trial) -> list[Path]:
+        """Folders of attempts that have not been finished."""
+        return list((self.root / "trials").glob(f".{glob.escape(trial.id)}.*.partial"))
+
+    def finish(self, folder: Path, result: Result) -> Result:
+        """Make the folder of an attempt the folder of its trial, with the result in it; return the result that counts.
+
+        A result that is done stays as it is; a failed one is replaced.
+        """
+        (folder / "result.json").write_text(result.to_json(), encoding="utf-8")
+        _flush(path for path in folder.rglob("*") if path.is_file())
+        final = self.folder(result.trial)
+        try:
+            folder.rename(final)
+        except OSError:  # there is one already: a folder that is not empty is never renamed over
+            known = self.read(result.trial)
+            if known and known.status == "done":
+                shutil.rmtree(folder)
+                return known
+            shutil.rmtree(final)
+            folder.rename(final)
+        return result
+
+    def check_writable(self) -> None:
+        """Raises UserError where nothing could be written; creates nothing."""
+        parent = next(path for path in (self.root, *self.root.parents) if path.exists())
+        if not (parent.is_dir() and os.access(parent, os.W_OK)):
+            raise UserError(f"results cannot be written to {self.root}: {parent} is not a writable folder")
+
+
+def _flush(paths: Iterable[Path]) -> None:
+    # After a power cut a renamed folder must not hold files whose content never reached the disk.
+    for path in paths:
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())

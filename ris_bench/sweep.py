@@ -1,0 +1,343 @@
+"""Runs the trials that have no result yet, through Ray Tune or in this process, and keeps each result as it comes.
+
+Ray places the trials and restarts what died. What is true of them lies in the results folder alone: a sweep that was
+cut off goes on by being started again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ris_bench.errors import UserError
+from ris_bench.progress import Display
+from ris_bench.records import Params, Result, Trial
+from ris_bench.report import tables
+from ris_bench.results import Store
+
+if TYPE_CHECKING:  # both import torch, and a sweep with nothing to run needs none
+    from ris_bench.experiment import Experiment
+    from ris_bench.trial import Places, Progress
+
+Report = Callable[["Progress"], None]
+RunTrial = Callable[[Trial, Path, "Places", Report], Result]
+
+
+class Watcher(Protocol):
+    """Who is told what happens, in the driver process."""
+
+    def started(self, trial: Trial) -> None: ...
+    def progress(self, progress: Progress) -> None: ...
+    def finished(self, result: Result) -> None: ...
+
+
+Execute = Callable[[list[Trial], "Job", Watcher], None]
+"""Runs every trial of a list and tells the watcher; it raises for no failure of a trial."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is done with a trial, in whichever process it runs."""
+
+    run_trial: RunTrial
+    store: Store
+    places: Places
+
+    def __call__(self, trial: Trial, report: Report) -> Result:
+        known = self.store.read(trial)
+        if known and known.status == "done":  # the process of an earlier attempt died just after it
+            return known
+        folder = self.store.begin(trial)
+        try:
+            result = self.run_trial(trial, folder, self.places, report)
+        except Exception as error:
+            with (folder / "log.txt").open("a", encoding="utf-8") as log:
+                traceback.print_exc(file=log)
+            result = failure(trial, one_line(error))
+        return self.store.finish(folder, result)
+
+    def lost(self, trial: Trial, error: str) -> Result:
+        """Record a trial whose process is gone; what it had written, its log above all, is kept."""
+        folder = next(iter(self.store.attempts(trial)), None) or self.store.begin(trial)
+        return self.store.finish(folder, failure(trial, error))
+
+
+def failure(trial: Trial, error: str) -> Result:
+    """The result of a trial of which nothing is known but that it failed."""
+    from ris_bench.trial import provenance
+
+    return Result(
+        trial=trial,
+        status="failed",
+        error=error,
+        scores={},
+        selected_epoch=None,
+        history=(),
+        params=None,
+        cost=None,
+        provenance=provenance(datetime.now(timezone.utc), weights={}, precision="unknown"),
+    )
+
+
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def pending(experiment: Experiment, store: Store, results: dict[str, Result], only: str = "") -> list[Trial]:
+    """The trials that are to be run next: those with `only` in their id that are not in `results`.
+
+    `results` takes up what the store has; but for failures that are to be tried again: these are pending.
+    """
+    while True:
+        missing = [trial for trial in experiment.trials(results) if trial.id not in results]
+        known = {trial.id: result for trial in missing if (result := store.read(trial))}
+        known = {key: result for key, result in known.items() if result.status == "done" or only not in key}
+        if not known:
+            return [trial for trial in missing if only in trial.id]
+        results |= known  # more may be asked for now: an experiment chooses by what is known
+
+
+def check(trials: list[Trial], store: Store, places: Places) -> None:
+    """Raises UserError where a trial cannot succeed: no place to write to, no data, no weights, an impossible model."""
+    from ris_bench.backbones import weights
+    from ris_bench.data.refcoco import DATASETS
+
+    store.check_writable()
+    for dataset in {repr(trial.dataset): trial.dataset for trial in trials}.values():
+        DATASETS.build(dataset).locate(places.data)
+    count_parameters(trials)
+    for name in sorted({trial.backbone.name for trial in trials}):
+        for kind in weights.KINDS[name]:
+            weights.locate(kind, places.weights)
+
+
+def count_parameters(trials: list[Trial]) -> dict[str, Params]:
+    """The counts of every trial by id, without data or weights. Raises UserError for an impossible model."""
+    from ris_bench.model import count_parameters
+
+    models = {trial.id: repr((trial.backbone, trial.method, trial.head)) for trial in trials}
+    counts = {model: count_parameters(trial) for model, trial in {models[t.id]: t for t in trials}.items()}
+    return {trial_id: counts[model] for trial_id, model in models.items()}
+
+
+@dataclass(frozen=True)
+class _Keeper:
+    """Adds each result to what is known, and writes the tables anew: a sweep that is cut off leaves one."""
+
+    experiment: Experiment
+    store: Store
+    results: dict[str, Result]
+    display: Display
+
+    def started(self, trial: Trial) -> None:
+        self.display.started(trial)
+
+    def progress(self, progress: Progress) -> None:
+        self.display.progress(progress)
+
+    def finished(self, result: Result) -> None:
+        self.results[result.trial.id] = result
+        tables.write(tables.render(self.experiment, self.results), self.store.root / self.experiment.name)
+        self.display.finished(result)
+
+
+def run(
+    experiment: Experiment,
+    job: Job,
+    executor: AbstractContextManager[Execute],
+    *,
+    only: str = "",
+    check: Callable[[list[Trial], Store, Places], None] = check,
+) -> dict[str, Result]:
+    """Run what is pending until nothing is, and return every result that is known, by trial id.
+
+    The executor is entered, and stdout written to, only where there is something to run and `check` finds nothing
+    against it. Raises its UserError otherwise.
+    """
+    results: dict[str, Result] = {}
+    display = Display()
+    with ExitStack() as stack:
+        keeper = execute = None
+        while trials := pending(experiment, job.store, results, only):
+            check(trials, job.store, job.places)
+            if not (keeper and execute):
+                execute = stack.enter_context(executor)
+                # As Ctrl-C. Not earlier: ray.init installs a handler that ends the process without a word.
+                before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+                stack.callback(signal.signal, signal.SIGTERM, before)
+                keeper = _Keeper(experiment, job.store, results, stack.enter_context(display))
+            display.expect(trials, retried=sum(job.store.read(trial) is not None for trial in trials))
+            execute(trials, job, keeper)
+    return results
+
+
+@contextmanager
+def in_process() -> Iterator[Execute]:
+    """One trial after another in this process; needs no Ray."""
+
+    def execute(trials: list[Trial], job: Job, watcher: Watcher) -> None:
+        for trial in trials:
+            watcher.started(trial)
+            watcher.finished(job(trial, watcher.progress))
+
+    yield execute
+
+
+RAY_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",  # with verbose=0 it prints nothing: the output is ours
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_COLOR_PREFIX": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # it would install packages again, from the network
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it makes fit() return as if all were well
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
+
+
+@contextmanager
+def through_ray(
+    *, address: str | None = None, max_concurrent: int | None = None, gpus_per_trial: float | None = None
+) -> Iterator[Execute]:
+    """Trials side by side: each takes one CPU and `gpus_per_trial` GPUs (None: one, where the cluster has any).
+
+    `address` is "host:port" of a running cluster, or "auto" for the one of this machine; None starts Ray on this
+    machine alone. Raises UserError for a cluster that does not answer and for a request that no node can satisfy.
+    """
+    os.environ.update(RAY_SETTINGS)
+    try:
+        import ray
+    except ImportError:
+        raise UserError("Ray is not installed: install ray[tune], or give --executor local") from None
+
+    with ExitStack() as stack:
+        stack.enter_context(redirect_stdout(sys.stderr))  # what Ray prints are warnings
+        if not ray.is_initialized():
+            _connect(address)
+            stack.callback(ray.shutdown)
+        gpus = gpus_per_trial
+        if gpus is None:
+            gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if not any(node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus for node in nodes):
+            # Ray would wait for such a node for ever.
+            there = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+            raise UserError(
+                f"a trial asks for 1 CPU and {gpus:g} GPUs, which no node has (there is: {there}); "
+                "lower --gpus-per-trial or add a node"
+            )
+
+        def execute(trials: list[Trial], job: Job, watcher: Watcher) -> None:
+            # Tune's own state is no truth of ours; on a cluster it has to lie where every node can write.
+            if address is not None:
+                job.store.root.mkdir(parents=True, exist_ok=True)
+            shared = None if address is None else job.store.root
+            with tempfile.TemporaryDirectory(prefix=".ray-", dir=shared) as folder:
+                _tune(trials, job, watcher, folder=folder, gpus=gpus, max_concurrent=max_concurrent)
+
+        yield execute
+
+
+def _connect(address: str | None) -> None:
+    import ray
+
+    if address not in (None, "auto"):
+        # Ray would ask a wrong address for minutes.
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (ValueError, OSError) as error:
+            raise UserError(f"no Ray cluster at {address} ({error}): --address takes HOST:PORT or auto") from error
+    own = {"include_dashboard": False} if address is None else {}
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        where = f"at {address} does not let us in" if address else "does not start"
+        raise UserError(f"Ray {where}: {one_line(error)}; --executor local works without it") from error
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are ours to tell
+
+
+def _tune(
+    trials: list[Trial], job: Job, watcher: Watcher, *, folder: str, gpus: float, max_concurrent: int | None
+) -> None:
+    from ray import tune
+    from ray.exceptions import RayActorError
+
+    trials_by_id = {trial.id: trial for trial in trials}
+    unfinished = dict(trials_by_id)
+
+    def trainable(config: dict[str, Any]) -> None:
+        if not gpus:  # a process that was given no GPU would see them all
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        job(trials_by_id[config["trial"]], throttled(lambda progress: tune.report({"progress": progress._asdict()})))
+
+    class Relay(tune.Callback):
+        """The result itself comes by way of the results folder."""
+
+        def on_trial_start(self, trial: Any, **info: Any) -> None:
+            watcher.started(trials_by_id[trial.config["trial"]])
+
+        def on_trial_result(self, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            if "progress" in result:
+                watcher.progress(SimpleNamespace(**result["progress"]))
+
+        def on_trial_complete(self, trial: Any, **info: Any) -> None:
+            ours = unfinished.pop(trial.config["trial"])
+            result = job.store.read(ours)
+            watcher.finished(
+                result or job.lost(ours, f"it left nothing in {job.store.root}: every node must see the same folder")
+            )
+
+        def on_trial_error(self, trial: Any, **info: Any) -> None:
+            error = trial.get_pickled_error()
+            died = isinstance(error, RayActorError)
+            reason = "its process died twice: killed, out of memory, or its node was lost" if died else one_line(error)
+            watcher.finished(job.lost(unfinished.pop(trial.config["trial"]), reason))
+
+    tune.Tuner(
+        tune.with_resources(trainable, {"cpu": 1, "gpu": gpus}),
+        param_space={"trial": tune.grid_search(list(trials_by_id))},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=max_concurrent,
+            reuse_actors=not gpus,  # a process that used a GPU keeps memory and settings of it
+            trial_dirname_creator=lambda trial: trial.config["trial"],
+        ),
+        run_config=tune.RunConfig(
+            name="sweep",
+            storage_path=folder,
+            verbose=0,
+            callbacks=[Relay()],
+            failure_config=tune.FailureConfig(max_failures=1),  # deaths only: a job lets no exception out
+        ),
+    ).fit()
+    for trial in unfinished.values():
+        watcher.finished(job.lost(trial, "Ray Tune ended without having run it"))
+
+
+def throttled(report: Report, seconds: float = 1.0) -> Report:
+    """Pass a report on only if the last one is this long ago."""
+    last = -math.inf
+
+    def pass_on(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            report(progress)
+
+    return pass_on
