@@ -139,6 +139,12 @@ def test_every_committed_experiment_can_be_read(path):
     assert experiment.trials()
 
 
+def test_a_column_need_not_be_limited_to_the_only_value_of_an_axis(tmp_path):
+    column = "{header: All, value: miou, splits: [val]}"
+    text = TEXT[: TEXT.index("    - {header: RefCOCO,")] + f"    - {column}\n"
+    assert read(tmp_path, ("[refcoco, refcoco+]", "[refcoco]"), text=text).table.columns[1].where == {}
+
+
 # ---- what is refused, and where it says so; "#!" marks the line that the message must name
 
 REFUSED = [
@@ -401,6 +407,7 @@ def test_a_value_that_is_set_is_not_chosen(tmp_path):
     experiment = read(tmp_path, ("table:", CHOOSE), sets=("train.lr=0.5",))
     assert len(experiment.trials()) == len(experiment.reported({})) == 8
     assert {trial.train.lr for trial in experiment.trials()} == {0.5}
+    assert experiment.choose == ()
 
 
 def test_choosing_needs_a_score_to_choose_by(tmp_path):

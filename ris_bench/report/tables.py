@@ -63,13 +63,15 @@ class _Leaf:
         return f"{number:,.{self.digits}f}"
 
     def measure(self, result: Result) -> float | None:
-        """The number that is printed of a result; None where it has none."""
+        """The number that is printed of a result; None where it has none, as a score or cost of a failed trial."""
         kind, _, name = self.column.value.partition(".")
+        if result.status != "done" and kind != "params":
+            return None
         if kind in ("params", "cost"):
             record = getattr(result, kind)
             return None if record is None else getattr(record, name) * (self.column.scale or 1)
         scores = result.scores.get(self.split)
-        if scores is None or result.status != "done":
+        if scores is None:
             return None
         metric, _, threshold = self.column.value.partition("@")
         return 100 * (scores.precision_at[threshold] if threshold else getattr(scores, metric))
