@@ -126,7 +126,7 @@ def draw_scene(rng: np.random.Generator, num_objects: int, size: tuple[int, int]
     colours = rng.choice(list(COLOURS), rng.integers(2, 4), replace=False).tolist()
     while True:  # until every object has found a place
         looks = [
-            [str(rng.choice(of)) for of in (shapes, colours, TEXTURES, list(DIAMETERS))] for _ in range(num_objects)
+            [of[rng.integers(len(of))] for of in (shapes, colours, TEXTURES, list(DIAMETERS))] for _ in range(num_objects)
         ]
         places = _places(rng, [(shape, size_class) for shape, _, _, size_class in looks], height, width)
         if places:
@@ -134,7 +134,7 @@ def draw_scene(rng: np.random.Generator, num_objects: int, size: tuple[int, int]
     objects = []
     for (shape, colour, texture, size_class), (contours, mask, occluded) in zip(looks, places, strict=True):
         _paint(rng, image, contours, COLOURS[colour], texture)
-        y, x = (float(pixels.mean() + 0.5) for pixels in np.nonzero(mask))
+        y, x = (_centre(np.count_nonzero(mask, axis=axis)) for axis in (1, 0))
         objects.append(
             Object(
                 shape=shape,
@@ -144,12 +144,17 @@ def draw_scene(rng: np.random.Generator, num_objects: int, size: tuple[int, int]
                 contours=contours,
                 mask=mask,
                 occluded=occluded,
-                x=x / width,
-                y=y / height,
+                x=x,
+                y=y,
             )
         )
     grain = 4 * rng.standard_normal((height, width, 1), dtype=np.float32)
     return Scene(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8), tuple(objects))
+
+
+def _centre(counts: np.ndarray) -> float:
+    """Mean position of the counted pixels, as a fraction of the side."""
+    return float((np.arange(len(counts)) + 0.5) @ counts / counts.sum() / len(counts))
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> Image.Image:
@@ -163,7 +168,7 @@ def _places(
 ) -> list[tuple[tuple[np.ndarray, ...], np.ndarray, bool]]:
     """Contours, visible mask and "is it occluded" of objects of these shapes and sizes; [] if one found no place."""
     unit = (height * width) ** 0.5
-    contours, whole, visible, discs = [], [], [], []
+    contours, areas, visible, discs = [], [], [], []
     for shape, size in kinds:
         for _ in range(20):
             diameter = unit * rng.uniform(*DIAMETERS[size])
@@ -178,15 +183,15 @@ def _places(
             corners = tuple((corner + centre).round(2) for corner in corners)
             mask = _filled(corners, height, width)
             remaining = [v & ~mask for v in visible]
-            if all(r.sum() >= MIN_VISIBLE * w.sum() for r, w in zip(remaining, whole, strict=True)):
+            if all(np.count_nonzero(r) >= MIN_VISIBLE * area for r, area in zip(remaining, areas, strict=True)):
                 break
         else:
             return []
         discs.append((centre, diameter))
         contours.append(corners)
-        whole.append(mask)
+        areas.append(np.count_nonzero(mask))
         visible = [*remaining, mask]
-    return [(c, v, bool((v != w).any())) for c, v, w in zip(contours, visible, whole, strict=True)]
+    return [(c, v, np.count_nonzero(v) < area) for c, v, area in zip(contours, visible, areas, strict=True)]
 
 
 def _filled(contours: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
@@ -203,18 +208,17 @@ def _paint(
 ) -> None:
     """Paint an object with a dark rim on the image, anti-aliased."""
     low = np.floor(contours[0].min(axis=0)).astype(int) - 1
-    extent = np.ceil(contours[0].max(axis=0)).astype(int) + 1 - low
+    extent = np.ceil(contours[0].max(axis=0)).astype(int) + 1 - low  # The tile is twice as large, so its centre is this.
     tint = np.clip(np.array(colour) + rng.integers(-12, 13, 3), 0, 255)
     light, dark, rim = (tuple((tint * shade).astype(int).tolist()) for shade in (1, 0.3, 0.5))
     tile = Image.new("RGB", tuple((2 * extent).tolist()), light)
     pen = ImageDraw.Draw(tile)
     if texture == "striped":
-        angle, period = rng.choice(4) * np.pi / 4, 8 + 0.2 * extent.mean()
-        along = 2 * extent.sum() * np.array([np.cos(angle), np.sin(angle)])
-        across = period * np.array([-np.sin(angle), np.cos(angle)])
-        for k in np.arange(-9.5, 10):
-            ends = np.concatenate([extent + k * across - along, extent + k * across + along])
-            pen.line(ends.tolist(), fill=dark, width=round(0.45 * period))
+        angle, period = rng.integers(4) * np.pi / 4, 8 + 0.2 * extent.mean()
+        along, across = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
+        for offset in (period * np.arange(-3.5, 4)).tolist():
+            middle, reach = extent + offset * across, 2 * extent.sum() * along
+            pen.line([*(middle - reach).tolist(), *(middle + reach).tolist()], fill=dark, width=round(0.45 * period))
     stencil = Image.new("L", tile.size)
     for contour, inside in zip(contours, (255, 0), strict=False):
         points = (2 * (contour - low) - 0.5).ravel().tolist()
@@ -282,6 +286,14 @@ class Statement:
         fewest = [min((len(phrase.split()) for phrase in phrases), default=MAX_WORDS) for phrases in self.phrases]
         pattern = min(len(pattern.split()) for pattern in self.patterns)
         return pattern - len(fewest) + sum(fewest) <= MAX_WORDS
+
+    def draw(self, rng: np.random.Generator) -> str:
+        """One of `texts`, without writing all of them down."""
+        while True:
+            phrases = [phrases[rng.integers(len(phrases))] for phrases in self.phrases]
+            text = self.patterns[rng.integers(len(self.patterns))].format(*phrases)
+            if len(text.split()) <= MAX_WORDS:
+                return text
 
     def texts(self) -> list[str]:
         texts = [pattern.format(*phrases) for pattern, *phrases in itertools.product(self.patterns, *self.phrases)]
@@ -516,7 +528,7 @@ def _ref(
     sentences = []
     for kind in rng.choice(kinds, count, replace=False, p=weights / weights.sum()):
         statement = by_kind[kind][rng.integers(len(by_kind[kind]))]
-        text = str(rng.choice(statement.texts()))
+        text = statement.draw(rng)
         sentences.append(
             {"raw": text, "sent": text, "tokens": text.split(), "sent_id": MOST_EXPRESSIONS * ref_id + len(sentences)}
         )
