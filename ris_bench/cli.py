@@ -150,7 +150,7 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     table = tables.render(experiment, results)
     tables.write(table, store.root / experiment.name)
-    print(table.markdown, flush=True)
+    print(table.markdown, end="", flush=True)
     failed = [result for key, result in results.items() if result.status == "failed" and args.only in key]
     for result in failed:
         log = args.results / "trials" / result.trial.id / "log.txt"

@@ -47,6 +47,7 @@ class Display:
         self._running.clear()
         if self._live:
             self._live.stop()
+        self._print("")
 
     def expect(self, trials: list[Trial], retried: int = 0) -> None:
         """More trials are to come; some of them have failed before."""
@@ -76,10 +77,10 @@ class Display:
 
     def finished(self, result: Result) -> None:
         """A trial has its result."""
-        trial_id = result.trial.id
+        trial_id, now = result.trial.id, time.monotonic()
         self._running.pop(trial_id, None)
         self._ended += 1
-        seconds = time.monotonic() - self._started.get(trial_id, time.monotonic())
+        seconds = now - self._started.get(trial_id, now)
         count = f"[{self._ended:>{len(str(self._total))}}/{self._total}]"
         outcome = describe_scores(result) if result.status == "done" else f"FAILED: {result.error}"
         self._print(f"{count} {trial_id:<{self._id_width}}  {seconds:6.0f} s  {outcome}")

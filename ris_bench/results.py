@@ -30,7 +30,7 @@ class Store:
         path = self.folder(trial) / "result.json"
         try:
             result = Result.from_json(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError, AttributeError):
             result = None

@@ -70,9 +70,11 @@ class Job:
             result = failure(trial, one_line(error))
         return self.store.finish(folder, result)
 
-    def lost(self, trial: Trial, error: str) -> Result:
+    def lost(self, trial: Trial, error: str, details: str = "") -> Result:
         """Record a trial whose process is gone; what it had written, its log above all, is kept."""
         folder = next(iter(self.store.attempts(trial)), None) or self.store.begin(trial)
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            print(error, details, sep="\n", file=log)
         return self.store.finish(folder, failure(trial, error))
 
 
@@ -280,7 +282,7 @@ def _tune(
     from ray.exceptions import RayActorError
 
     trials_by_id = {trial.id: trial for trial in trials}
-    unfinished = dict(trials_by_id)
+    unfinished, begun = dict(trials_by_id), set()
 
     def trainable(config: dict[str, Any]) -> None:
         if not gpus:  # a process that was given no GPU would see them all
@@ -290,7 +292,11 @@ def _tune(
     class Relay(tune.Callback):
         """The result itself comes by way of the results folder."""
 
+        def __reduce__(self) -> tuple[type, tuple[()]]:
+            return tune.Callback, ()  # Tune saves its callbacks, to a folder that is thrown away: ours holds a screen
+
         def on_trial_start(self, trial: Any, **info: Any) -> None:
+            begun.add(trial.config["trial"])
             watcher.started(trials_by_id[trial.config["trial"]])
 
         def on_trial_result(self, trial: Any, result: dict[str, Any], **info: Any) -> None:
@@ -305,10 +311,13 @@ def _tune(
             )
 
         def on_trial_error(self, trial: Any, **info: Any) -> None:
-            error = trial.get_pickled_error()
-            died = isinstance(error, RayActorError)
-            reason = "its process died twice: killed, out of memory, or its node was lost" if died else one_line(error)
-            watcher.finished(job.lost(unfinished.pop(trial.config["trial"]), reason))
+            ours, error = unfinished.pop(trial.config["trial"]), trial.get_pickled_error()
+            reason = one_line(error)
+            if isinstance(error, RayActorError):
+                reason = "its process died twice: killed, out of memory, or its node was lost"
+                if ours.id not in begun:
+                    reason = "its process could not start: does every node have this package, in this version?"
+            watcher.finished(job.lost(ours, reason, str(error)))
 
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1, "gpu": gpus}),

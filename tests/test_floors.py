@@ -1,0 +1,57 @@
+"""A module imports only from its own floor and those below; what reads results needs neither torch nor Ray."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "ris_bench"
+FLOORS = [
+    ("errors", "records", "registry", "located", "results"),
+    ("data", "metrics", "protocols"),
+    ("backbones",),
+    ("methods",),
+    ("head",),
+    ("model",),
+    ("training", "evaluation", "pretrain"),
+    ("trial", "layout", "experiment"),
+    ("report", "progress", "sweep"),
+    ("cli",),
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+    if path.parent != PACKAGE or path.name != "__init__.py"
+}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno} is a relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_go_down(name):
+    ours = [found.split(".")[1] for found in imports(MODULES[name]) if found.startswith("ris_bench.")]
+    above = [found for found in ours if found in FLOOR and FLOOR[found] > FLOOR[name.split(".")[0]]]
+    assert not above
+
+
+def test_only_the_sweep_imports_ray():
+    importers = {name for name, path in MODULES.items() if any(i.split(".")[0] == "ray" for i in imports(path))}
+    assert importers == {"sweep"}
+
+
+def test_the_ground_floor_and_reports_import_no_torch():
+    light = [f"ris_bench.{name}" for name in MODULES if name.split(".")[0] in (*FLOORS[0], "report", "progress", "cli")]
+    code = f"import sys, {', '.join(light)}; assert not {{'torch', 'ray'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)

@@ -1,0 +1,273 @@
+"""What a sweep keeps, runs again and says, with stand-ins for `run_trial`; Ray's part with real processes."""
+
+import io
+import json
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from ris_bench import progress, sweep
+from ris_bench.errors import UserError
+from ris_bench.experiment import Experiment, load
+from ris_bench.records import Result, Scores, Trial
+from ris_bench.results import Store
+from ris_bench.trial import Places, Progress
+
+TEXT = """\
+name: stand_in
+title: Stand-ins
+defaults:
+  dataset: refcoco
+  backbone: tiny-clip-vit
+  method: frozen
+  head: etris
+  train: {epochs: 2, batch_size: 4, lr: 1.0e-3, milestones: [], gamma: 0.1, precision: fp32}
+  eval: {select_on: val, splits: [val]}
+  seed: 0
+grid:
+  seed: [0, 1, 2]
+  method: [frozen]
+table:
+  rows: method
+  columns:
+    - {header: val, value: miou, splits: [val]}
+"""
+CHOOSE = "choose:\n  train.lr: [1.0e-3, 1.0e-4, 1.0e-2]\ntable:"
+
+
+def told(trial: Trial, step: int) -> Progress:
+    return Progress(trial.id, "train", 1, 2, step, 9, 0.25, 100.0, 61.0, 0.5)
+
+
+def stand_in(does: dict[int, str], trial: Trial, folder: Path, places: Places, report) -> Result:
+    """Ends at once with mIoU 1 - lr, or as `does` says for the seed."""
+    (folder / "log.txt").write_text("it began\n")
+    report(told(trial, 1))
+    action = does.get(trial.seed)
+    if action == "raise":
+        raise RuntimeError("no luck\nwith details")
+    if action == "stop":
+        raise KeyboardInterrupt
+    if action == "die once" and not (folder.parent / "died").exists():
+        (folder.parent / "died").touch()
+        os._exit(3)
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    scores = Scores(oiou=0.5, miou=1 - trial.train.lr, precision_at={}, num_expressions=1)
+    record = json.loads(sweep.failure(trial, "").to_json())
+    return Result.from_json(json.dumps(record | {"status": "done", "error": None, "scores": {"val": vars(scores)}}))
+
+
+def never(trial: Trial, folder: Path, places: Places, report) -> Result:
+    raise AssertionError("there is nothing to run")
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Experiment:
+    path = tmp_path / "stand_in.yaml"
+    path.write_text(TEXT)
+    return load(path)
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "results")
+
+
+def run(experiment, store, does=None, run_trial=None, executor=None, only="") -> dict[str, Result]:
+    job = sweep.Job(run_trial or partial(stand_in, does or {}), store, Places(data=Path("/nowhere"), weights=None))
+    executor = executor or sweep.in_process()
+    return sweep.run(experiment, job, executor, only=only, check=lambda *places: None)
+
+
+def statuses(results: dict[str, Result]) -> dict[int, str]:
+    return {result.trial.seed: result.status for result in results.values()}
+
+
+def kept(store: Store) -> dict[int, str]:
+    files = store.root.glob("trials/*/result.json")
+    return statuses({str(file): Result.from_json(file.read_text()) for file in files})
+
+
+def test_a_second_run_has_nothing_to_do_and_says_nothing(experiment, store, capsys):
+    first = run(experiment, store)
+    assert kept(store) == dict.fromkeys((0, 1, 2), "done")
+    capsys.readouterr()
+    assert run(experiment, store, run_trial=never) == first
+    assert capsys.readouterr().out == ""
+
+
+def test_a_trial_cut_off_leaves_no_result_and_is_run_again(experiment, store):
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment, store, {1: "stop"})
+    assert kept(store) == {0: "done"}
+    assert (store.root / "stand_in" / "table.md").exists()
+    [partial_folder] = store.root.glob("trials/.*.partial")
+    ran = []
+
+    def note(trial, *rest):
+        ran.append(trial.seed)
+        return stand_in({}, trial, *rest)
+
+    run(experiment, store, run_trial=note)
+    assert ran == [1, 2]
+    assert kept(store) == dict.fromkeys((0, 1, 2), "done")
+    assert not partial_folder.exists()
+    assert len(list((store.root / "trials").iterdir())) == 3
+
+
+def test_a_failure_is_recorded_the_others_go_on_and_it_is_tried_again(experiment, store, capsys):
+    results = run(experiment, store, {0: "raise"})
+    assert statuses(results) == kept(store) == {0: "failed", 1: "done", 2: "done"}
+    [failed] = [result for result in results.values() if result.status == "failed"]
+    assert failed.error == "RuntimeError: no luck"
+    log = (store.folder(failed.trial) / "log.txt").read_text()
+    assert log.startswith("it began\n") and "with details" in log
+    assert "FAILED: RuntimeError: no luck" in capsys.readouterr().out
+
+    assert statuses(run(experiment, store)) == kept(store) == dict.fromkeys((0, 1, 2), "done")
+    assert "1 trial to run, 1 of them again" in capsys.readouterr().out
+
+
+def test_only_leaves_the_other_trials_and_their_failures_alone(experiment, store):
+    run(experiment, store, {0: "raise"})
+    results = run(experiment, store, run_trial=never, only=".s1.")
+    assert statuses(results) == {0: "failed", 1: "done", 2: "done"}
+
+
+def test_the_table_is_there_after_every_trial(experiment, store):
+    tables = []
+
+    def look(trial, *rest):
+        path = store.root / "stand_in" / "table.csv"
+        tables.append(path.read_text() if path.exists() else None)
+        return stand_in({}, trial, *rest)
+
+    run(experiment, store, run_trial=look)
+    assert tables[0] is None and None not in tables[1:] and tables[1] != tables[2]
+
+
+def test_trials_asked_for_by_results_are_run_too(tmp_path, store):
+    path = tmp_path / "choose.yaml"
+    path.write_text(TEXT.replace("table:", CHOOSE, 1))
+    results = run(load(path), store)
+    assert sorted((result.trial.seed, result.trial.train.lr) for result in results.values()) == [
+        (0, 1e-4), (0, 1e-3), (0, 1e-2), (1, 1e-4), (2, 1e-4)
+    ]  # fmt: skip
+    assert run(load(path), store, run_trial=never) == results
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"id": "x"}', "other"])
+def test_a_damaged_result_counts_as_none(experiment, store, damage):
+    results = run(experiment, store)
+    first, second, _ = (store.folder(result.trial) / "result.json" for result in results.values())
+    first.write_text(second.read_text() if damage == "other" else damage)
+    trial = next(iter(results.values())).trial
+    with pytest.warns(UserWarning, match="run again"):
+        assert store.read(trial) is None
+    with pytest.warns(UserWarning):
+        assert run(experiment, store).keys() == results.keys()
+    assert store.read(trial).status == "done"
+
+
+def test_what_is_done_is_not_replaced(experiment, store):
+    done = next(iter(run(experiment, store).values()))
+    late = store.begin(done.trial)
+    assert store.finish(late, sweep.failure(done.trial, "too late")) == done == store.read(done.trial)
+    assert not late.exists()
+
+
+def test_results_cannot_be_written_into_a_file(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="not a writable folder"):
+        Store(tmp_path / "file" / "results").check_writable()
+
+
+def test_a_pipe_gets_few_plain_lines(experiment, store, capsys, monkeypatch):
+    def chatty(trial, folder, places, report):
+        for step in range(1000):
+            report(told(trial, step))
+        return stand_in({}, trial, folder, places, report)
+
+    run(experiment, store, run_trial=chatty)
+    out = capsys.readouterr().out
+    assert {character for character in out if not character.isprintable()} == {"\n"}
+    trial = experiment.trials()[0]
+    about = [line for line in out.splitlines() if trial.id in line]
+    assert about == [f"{trial.id} starts", f"[1/3] {trial.id}       0 s  miou val 99.9"]
+
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    run(experiment, Store(store.root / "again"), run_trial=chatty)
+    assert "train  epoch 1/2  loss 0.250  score 50.0  100 images/s  1:01 left" in capsys.readouterr().out
+
+
+def test_a_terminal_gets_a_live_line(experiment, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stdout", terminal := Terminal())
+    trial = experiment.trials()[0]
+    with progress.Display() as display:
+        display.expect([trial])
+        display.started(trial)
+        display.progress(told(trial, 1))
+        time.sleep(0.5)
+        display.finished(sweep.failure(trial, "it broke"))
+    shown = terminal.getvalue()
+    assert "epoch 1/2" in shown and "\x1b" in shown
+    assert "FAILED: it broke" in shown
+
+
+@pytest.fixture(scope="module")
+def ray_here():
+    from ray import cloudpickle
+
+    with sweep.through_ray():
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])  # its processes cannot import this file
+        yield
+        cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+@pytest.mark.ray
+def test_ray_survives_what_its_processes_do(experiment, store, ray_here, capfd):
+    results = run(experiment, store, {0: "kill", 1: "die once", 2: "raise"}, executor=sweep.through_ray())
+    assert statuses(results) == kept(store) == {0: "failed", 1: "done", 2: "failed"}
+    errors = {result.trial.seed: result.error for result in results.values()}
+    assert "its process died twice" in errors[0] and errors[2] == "RuntimeError: no luck"
+    for result in results.values():
+        assert (store.folder(result.trial) / "log.txt").read_text().startswith("it began")
+    out = capfd.readouterr().out
+    assert "starts again: its process died" in out
+    assert {character for character in out if not character.isprintable()} == {"\n"}
+    assert all(line.startswith(("refcoco.", "[", "3 trials")) for line in out.splitlines() if line), out
+
+
+@pytest.mark.ray
+def test_ray_relays_progress_and_agrees_with_in_process(experiment, store, ray_here, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
+    through_ray = run(experiment, store, executor=sweep.through_ray(max_concurrent=1))
+    said = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line[-6:] for line in said if line] == ["starts", "1 left", "l 99.9"] * 3  # one after another
+    in_process = run(experiment, Store(store.root / "again"))
+    assert {key: result.scores for key, result in through_ray.items()} == {
+        key: result.scores for key, result in in_process.items()
+    }
+
+
+@pytest.mark.ray
+def test_ray_refuses_what_no_node_has(experiment, store, ray_here):
+    with pytest.raises(UserError, match="1 CPU and 1 GPUs, which no node has .*--gpus-per-trial"):
+        run(experiment, store, run_trial=never, executor=sweep.through_ray(gpus_per_trial=1))
+    assert not store.root.exists()
+
+
+def test_an_address_without_a_cluster_is_refused_at_once():
+    with pytest.raises(UserError, match="no Ray cluster at 127.0.0.1:1 .*HOST:PORT or auto"):
+        sweep._connect("127.0.0.1:1")
