@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import pickle
 import shutil
@@ -20,7 +21,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def draw_scene(rng: np.random.Generator, num_objects: int, size: tuple[int, int]
     colours = rng.choice(list(COLOURS), rng.integers(2, 4), replace=False).tolist()
     while True:  # until every object has found a place
         looks = [
-            [of[rng.integers(len(of))] for of in (shapes, colours, TEXTURES, list(DIAMETERS))] for _ in range(num_objects)
+            [of[rng.integers(len(of))] for of in (shapes, colours, TEXTURES, list(DIAMETERS))]
+            for _ in range(num_objects)
         ]
         places = _places(rng, [(shape, size_class) for shape, _, _, size_class in looks], height, width)
         if places:
@@ -134,7 +136,7 @@ def draw_scene(rng: np.random.Generator, num_objects: int, size: tuple[int, int]
     objects = []
     for (shape, colour, texture, size_class), (contours, mask, occluded) in zip(looks, places, strict=True):
         _paint(rng, image, contours, COLOURS[colour], texture)
-        y, x = (_centre(np.count_nonzero(mask, axis=axis)) for axis in (1, 0))
+        y, x = (_centre(mask.astype(np.float32).sum(axis=axis)) for axis in (1, 0))
         objects.append(
             Object(
                 shape=shape,
@@ -176,9 +178,9 @@ def _places(
             turn = diameter * np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
             corners = [contour @ turn for contour in SHAPES[shape]]
             reach = np.abs(corners[0]).max(axis=0) + 1
-            centre = rng.uniform(reach, np.array([width, height]) - reach)
+            centre = rng.uniform(reach, (width, height) - reach)
             # Where one object sat in the middle of another, "left" and "above" would mean nothing.
-            if any(np.hypot(*(centre - c)) < 0.35 * (diameter + d) for c, d in discs):
+            if any(math.dist(centre, c) < 0.35 * (diameter + d) for c, d in discs):
                 continue
             corners = tuple((corner + centre).round(2) for corner in corners)
             mask = _filled(corners, height, width)
@@ -208,15 +210,17 @@ def _paint(
 ) -> None:
     """Paint an object with a dark rim on the image, anti-aliased."""
     low = np.floor(contours[0].min(axis=0)).astype(int) - 1
-    extent = np.ceil(contours[0].max(axis=0)).astype(int) + 1 - low  # The tile is twice as large, so its centre is this.
-    tint = np.clip(np.array(colour) + rng.integers(-12, 13, 3), 0, 255)
-    light, dark, rim = (tuple((tint * shade).astype(int).tolist()) for shade in (1, 0.3, 0.5))
+    extent = (
+        np.ceil(contours[0].max(axis=0)).astype(int) + 1 - low
+    )  # The tile is twice as large, so its centre is this.
+    tint = [min(max(c + change, 0), 255) for c, change in zip(colour, rng.integers(-12, 13, 3).tolist(), strict=True)]
+    light, dark, rim = (tuple(int(shade * c) for c in tint) for shade in (1, 0.3, 0.5))
     tile = Image.new("RGB", tuple((2 * extent).tolist()), light)
     pen = ImageDraw.Draw(tile)
     if texture == "striped":
         angle, period = rng.integers(4) * np.pi / 4, 8 + 0.2 * extent.mean()
         along, across = np.array([(np.cos(angle), np.sin(angle)), (-np.sin(angle), np.cos(angle))])
-        for offset in (period * np.arange(-3.5, 4)).tolist():
+        for offset in (period * np.arange(-4.5, 5)).tolist():
             middle, reach = extent + offset * across, 2 * extent.sum() * along
             pen.line([*(middle - reach).tolist(), *(middle + reach).tolist()], fill=dark, width=round(0.45 * period))
     stencil = Image.new("L", tile.size)
@@ -280,13 +284,6 @@ class Statement:
     phrases: tuple[tuple[str, ...], ...] = ()
     """Alternatives for each place of a pattern."""
 
-    @property
-    def sayable(self) -> bool:
-        """Whether it can be said in MAX_WORDS words."""
-        fewest = [min((len(phrase.split()) for phrase in phrases), default=MAX_WORDS) for phrases in self.phrases]
-        pattern = min(len(pattern.split()) for pattern in self.patterns)
-        return pattern - len(fewest) + sum(fewest) <= MAX_WORDS
-
     def draw(self, rng: np.random.Generator) -> str:
         """One of `texts`, without writing all of them down."""
         while True:
@@ -333,7 +330,7 @@ def _statements(objects: Sequence[Object]) -> list[list[Statement]]:
         if "shape" in dict(description):
             names[index] += tuple(article + name for article in ("", "the ") for name in _noun_phrases(description))
 
-    claims = list(_claims(objects))
+    claims = [claim for claim in _claims(objects) if claim[2] is None or names[claim[2]]]
     for description, fits in fitting.items():
         if len(fits) == 1 or sum(attribute != "shape" for attribute, _ in description) > 1:
             continue
@@ -350,11 +347,8 @@ def _statements(objects: Sequence[Object]) -> list[list[Statement]]:
             for rank, index in enumerate(order[: len(RANKS)]):
                 # Of two objects only the first is counted: the other is not called the second, but the last.
                 if all(clear[max(rank - 1, 0) : rank + 1]) and (rank == 0 or len(order) > 2):
-                    patterns = (f"{RANKS[rank]} {{}} from the {side}", f"{RANKS[rank]} {{}} from {side}")
-                    if rank == 0 and side in ("left", "right"):
-                        patterns += (f"far {side} {{}}", f"{{}} on the far {side}")
-                    found[index].append(Statement("ordinal", _with_article(patterns), (phrases,)))
-    return [[statement for statement in statements if statement.sayable] for statements in found]
+                    found[index].append(Statement("ordinal", _ordinal_patterns(rank, side), (phrases,)))
+    return found
 
 
 def _claims(objects: Sequence[Object]) -> Iterator[tuple[str, tuple[str, ...], int | None, set[int], set[int]]]:
@@ -385,12 +379,22 @@ def _claims(objects: Sequence[Object]) -> Iterator[tuple[str, tuple[str, ...], i
         yield kind, patterns, anchor, {i for i in yes if abs(across[i]) < along[i]}, no | {anchor}
 
 
+@cache
+def _ordinal_patterns(rank: int, side: str) -> tuple[str, ...]:
+    patterns = (f"{RANKS[rank]} {{}} from the {side}", f"{RANKS[rank]} {{}} from {side}")
+    if rank == 0 and side in ("left", "right"):
+        patterns += (f"far {side} {{}}", f"{{}} on the far {side}")
+    return _with_article(patterns)
+
+
+@cache
 def _noun_phrases(description: Description) -> tuple[str, ...]:
     """The description in every choice of words, without an article: "small red circle", "little red circle"."""
     values = [value for _, value in description] + ([] if "shape" in dict(description) else [""])
     return tuple(" ".join(words) for words in itertools.product(*(WORDS.get(value, (value,)) for value in values)))
 
 
+@cache
 def _with_article(patterns: tuple[str, ...]) -> tuple[str, ...]:
     return patterns + tuple(f"the {pattern}" for pattern in patterns)
 
