@@ -201,6 +201,23 @@ def test_a_signal_stops_the_sweep_and_keeps_what_is_finished(bench, tmp_path, ex
     assert (tmp_path / "results/stand_in/table.md").exists()
 
 
+@pytest.mark.ray
+def test_executors_agree_to_the_last_bit(tmp_path, monkeypatch):
+    monkeypatch.setenv("RIS_BENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(TEXT)
+    sets = ["dataset={scenes: {num_train: 12, num_eval: 2}}", "method=lora", "seed=0", "train.dice=0.5"]
+    for executor in ("local", "ray"):
+        chosen = ["--executor", executor, "--results", executor, *(a for s in sets for a in ("--set", s))]
+        assert cli.main(["run", "small.yaml", *chosen]) == 0
+    ours, theirs = (next(Path(executor, "trials").iterdir()) for executor in ("local", "ray"))
+    assert ours.name == theirs.name
+    for name in ("tuned.safetensors", "expressions.parquet"):
+        assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    first, second = (Result.from_json((folder / "result.json").read_text()) for folder in (ours, theirs))
+    assert (first.scores, first.history) == (second.scores, second.history)
+
+
 def test_run_bench_is_the_same_command():
     done = subprocess.run([sys.executable, "run_bench.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: run_bench.py ") and "exit code" in done.stdout
