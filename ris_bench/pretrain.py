@@ -63,6 +63,8 @@ class Book(NamedTuple):
     image_of_object_N: Tensor
     cover_NGG: Tensor
     """uint8, the share of each cell of the grid that the object covers."""
+    centre_N2: Tensor
+    """x and y, from 0 to 1."""
     facts_NA: Tensor
     """What is true of an object: attributes, then the third of the image that it lies in, across and down."""
     description_NKL: Tensor
@@ -114,7 +116,7 @@ def write_book(num_scenes: int, image_size: int, seed: int) -> Book:
         Tokenizer(TEXT["context_length"], TEXT["vocab_size"]),
         Tokenizer(WORD_LEN, TEXT["vocab_size"]),
     )
-    images, captions, owners, covers, facts, descriptions, said = [], [], [], [], [], [], []
+    images, captions, owners, covers, centres, facts, descriptions, said = [], [], [], [], [], [], [], []
     for i in range(num_scenes):
         rng = np.random.default_rng([PRETRAINING_SEED + seed, i])
         scene = draw_scene(rng, int(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)))
@@ -124,6 +126,7 @@ def write_book(num_scenes: int, image_size: int, seed: int) -> Book:
             owners.append(i)
             cover = torch.from_numpy(letterbox.mask(thing.mask.astype(np.uint8)))[None]
             covers.append((255 * F.adaptive_avg_pool2d(cover, GRID)[0]).byte())
+            centres.append([thing.x, thing.y])
             facts.append([values.index(getattr(thing, name)) for name, values in ATTRIBUTES.items()] + thirds(thing))
             for text, says in (describe(thing, rng) for _ in range(CAPTIONS)):
                 descriptions.append(text)
@@ -133,6 +136,7 @@ def write_book(num_scenes: int, image_size: int, seed: int) -> Book:
         of_caption(captions).unflatten(0, (-1, CAPTIONS)),
         torch.tensor(owners),
         torch.stack(covers),
+        torch.tensor(centres),
         torch.tensor(facts),
         of_object(descriptions).unflatten(0, (-1, CAPTIONS)),
         torch.tensor(said).unflatten(0, (-1, CAPTIONS)),
@@ -146,6 +150,7 @@ class Page(NamedTuple):
     caption_BL: Tensor
     image_of_object_N: Tensor
     cover_NGG: Tensor
+    centre_N2: Tensor
     facts_NA: Tensor
     description_NL: Tensor
     said_NA: Tensor
@@ -169,6 +174,7 @@ def pages(book: Book, batch_size: int, steps: int) -> Iterator[Page]:
             book.caption_MKL[chosen, which],
             owner,
             book.cover_NGG[objects].float(),
+            book.centre_N2[objects],
             book.facts_NA[objects],
             book.description_NKL[objects, told],
             book.said_NKA[objects, told],
@@ -186,7 +192,9 @@ class Captions(nn.Module):
         self.towers.open()
         if convolutional:
             self.towers.image.attnpool.connect.requires_grad_(False)
+        # Place is told apart from looks: what a region shows does not say where it is.
         self.to_text = nn.Linear(sum(self.towers.image.out_channels), self.towers.sentence_width)
+        self.place_to_text = nn.Linear(4, self.towers.sentence_width)
         self.logit_scale = nn.Parameter(clip.logit_scale.detach().clone())
 
     def forward(self, page: Page) -> tuple[Tensor, float]:
@@ -207,7 +215,9 @@ class Captions(nn.Module):
             regions.append(torch.einsum("nchw,nhw->nc", map_BCHW[page.image_of_object_N], share_NHW))
         _, description_ND = self.run_text(page.description_NL)
         fits_NN = ((page.said_NA[None] == ANY) | (page.said_NA[None] == page.facts_NA[:, None])).all(dim=2)
-        region_loss, score = contrast(self.to_text(torch.cat(regions, 1)), description_ND, fits_NN, self.logit_scale)
+        region_ND = self.to_text(torch.cat(regions, 1))
+        region_ND = region_ND + self.place_to_text(torch.cat([page.centre_N2, page.centre_N2.square()], 1))
+        region_loss, score = contrast(region_ND, description_ND, fits_NN, self.logit_scale)
         return loss + region_loss, score
 
     def run_text(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:

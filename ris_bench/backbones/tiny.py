@@ -18,7 +18,7 @@ TEXT = {"context_length": 32, "vocab_size": 8192, "width": 64, "heads": 4, "laye
 
 
 def tiny_rn() -> CLIP:
-    vision = {"layers": (1, 1, 1, 1), "width": 12, "head_width": 48, "image_size": 96}
+    vision = {"layers": (1, 1, 1, 1), "width": 8, "head_width": 32, "image_size": 96}
     return CLIP(embed_dim=64, vision_cfg=vision, text_cfg=dict(TEXT))
 
 

@@ -1,0 +1,129 @@
+"""The loop: schedule, accumulation, losses, and the end of a run that has gone wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TINY_HEAD
+from torch import nn
+
+from ris_bench.data.loading import Batch
+from ris_bench.head import coordinates_like
+from ris_bench.records import Training
+from ris_bench.training import reduced, segmentation_loss, train
+
+CPU = torch.device("cpu")
+
+
+def training(**changes) -> Training:
+    given = {"epochs": 3, "batch_size": 4, "lr": 0.1, "milestones": (1, 2), "gamma": 0.5, "precision": "fp32"}
+    return Training(**{**given, **changes})
+
+
+class Batches:
+    """Fixed batches of random images; the mask is one channel's sign."""
+
+    def __init__(self, sizes: tuple[int, ...] = (4, 3)) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.batches = []
+        for size in sizes:
+            image = torch.randn(size, 3, 8, 8, generator=generator)
+            mask = (image[:, :1] > 0).float()
+            self.batches.append(Batch(image, torch.ones(size, 4, dtype=torch.long), mask, torch.arange(size)))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def epoch(self, epoch: int, start: int = 0):
+        return iter(self.batches[start:])
+
+
+class Pixelwise(nn.Module):
+    """Logits of single pixels; no statistics, so that parts of a batch sum up to the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(3, 1, 1)
+
+    def forward(self, image, tokens):
+        return self.layer(image)
+
+
+def run(model, batches, settings) -> list:
+    steps = []
+    epochs = list(train(model, batches, settings, CPU, lambda *step: steps.append(step)))
+    assert [(epoch, i) for epoch, i, _ in steps] == [(e, i) for e in range(len(epochs)) for i in range(len(batches))]
+    return epochs
+
+
+def test_rate_is_multiplied_after_each_milestone():
+    assert [epoch.lr for epoch in run(Pixelwise(), Batches(), training())] == pytest.approx([0.1, 0.05, 0.025])
+
+
+def test_it_learns():
+    epochs = run(Pixelwise(), Batches(), training(epochs=30, milestones=()))
+    assert epochs[-1].loss < epochs[0].loss / 2
+
+
+def test_accumulation_is_the_same_step():
+    whole, parts = Pixelwise(), Pixelwise()
+    expected = run(whole, Batches(), training())
+    got = run(parts, Batches(), training(accumulate=2))
+    assert [e.loss for e in got] == pytest.approx([e.loss for e in expected], rel=1e-5)
+    assert torch.allclose(parts.layer.weight, whole.layer.weight, atol=1e-5)
+
+
+def test_what_is_frozen_stays():
+    model = nn.Sequential()
+    model.frozen, model.tuned = nn.Conv2d(3, 3, 1).requires_grad_(False), Pixelwise()
+    model.forward = lambda image, tokens: model.tuned(model.frozen(image), tokens)
+    before = model.frozen.weight.clone()
+    run(model, Batches(), training())
+    assert torch.equal(before, model.frozen.weight)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run(bad):
+    batches = Batches()
+    batches.batches[1].image_B3HW[0, 0, 0, 0] = bad
+    with pytest.raises(FloatingPointError, match="epoch 1, batch 2 of 2"):
+        run(Pixelwise(), batches, training())
+
+
+def test_the_mask_is_brought_to_the_logits():
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., :8] = 1
+    right = torch.where(mask[..., ::4, ::4] > 0, 20.0, -20.0)
+    assert segmentation_loss(right, mask, dice=0) < 1e-6
+    assert segmentation_loss(-right, mask, dice=0) == pytest.approx(20)
+
+
+def test_dice_is_zero_for_the_truth_and_one_for_its_opposite():
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[:, :, :, :4] = 1
+    logits = torch.where(mask > 0, 30.0, -30.0)
+    for sign, expected in ((1, 0.0), (-1, 1.0)):
+        with_dice, without = (segmentation_loss(sign * logits, mask, dice=d) for d in (1.0, 0.0))
+        assert (with_dice - without).item() == pytest.approx(expected, abs=0.02)
+
+
+def test_a_cpu_computes_in_full_precision():
+    assert [reduced(p, CPU) for p in ("fp32", "fp16", "bf16")] == [None] * 3
+    assert reduced("bf16", torch.device("cuda")) is torch.bfloat16
+
+
+def test_coordinates_run_from_edge_to_edge():
+    coordinates = coordinates_like(torch.zeros(2, 5, 3, 4))
+    assert coordinates.shape == (2, 2, 3, 4)
+    assert coordinates[0, 0, 1].tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])
+    assert coordinates[1, 1, :, 2].tolist() == [-1, 0, 1]
+
+
+def test_heads_refuse_widths_that_do_not_divide():
+    from ris_bench.backbones.base import BACKBONES
+    from ris_bench.errors import UserError
+    from ris_bench.head import HEADS
+
+    with pytest.raises(UserError, match="multiple"):
+        HEADS["etris"](BACKBONES["tiny-clip-vit"](None), **{**TINY_HEAD, "width": 18, "heads": 4})

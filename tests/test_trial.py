@@ -1,0 +1,179 @@
+"""A trial from end to end: the same twice and under both executors, its files, its failures, and that it reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from ris_bench import experiment, trial
+from ris_bench.records import Result
+from ris_bench.trial import Places, run_trial
+
+ROOT = Path(__file__).parents[1]
+SLICE = ROOT.parent / "shared" / "refcocog_slice"
+SHORT = ["train.epochs=2", "eval.every=1", "dataset={scenes: {num_train: 12, num_eval: 4}}", "train.batch_size=8"]
+
+
+def trials(file: str, *assignments: str):
+    return experiment.load(ROOT / "experiments" / file, assignments).trials()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Scenes are generated once for all tests of this file, and not into the user's cache."""
+    before = os.environ.get("RIS_BENCH_CACHE")
+    os.environ["RIS_BENCH_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["RIS_BENCH_CACHE"]
+    else:
+        os.environ["RIS_BENCH_CACHE"] = before
+
+
+def run(one, folder: Path, data: Path = Path("nowhere"), report=lambda progress: None) -> Result:
+    folder.mkdir(parents=True)
+    return run_trial(one, folder, Places(data, None), report)
+
+
+@pytest.mark.parametrize("method", ["full", "bridger"])
+def test_the_same_trial_twice_is_bit_identical(method, tmp_path):
+    one = next(t for t in trials("quickstart.yaml", *SHORT) if t.method.name == method)
+    first, second = (run(one, tmp_path / name) for name in ("a", "b"))
+    assert first.status == "done", first.error
+    assert first.scores == second.scores
+    assert first.history == second.history
+    tuned = [(tmp_path / name / "tuned.safetensors").read_bytes() for name in ("a", "b")]
+    assert tuned[0] == tuned[1]
+    frames = [pd.read_parquet(tmp_path / name / "expressions.parquet") for name in ("a", "b")]
+    pd.testing.assert_frame_equal(*frames)
+
+
+@pytest.mark.ray
+def test_both_executors_give_the_same(tmp_path):
+    table = {}
+    for executor in ("local", "ray"):
+        command = [sys.executable, ROOT / "run_bench.py", ROOT / "experiments" / "quickstart.yaml"]
+        command += ["--executor", executor, "--results", tmp_path / executor, "--only", ".lora."]
+        for assignment in SHORT:
+            command += ["--set", assignment]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        (folder,) = (tmp_path / executor / "trials").iterdir()
+        table[executor] = json.loads((folder / "result.json").read_text())
+    for key in ("id", "scores", "history", "params", "selected_epoch"):
+        assert table["local"][key] == table["ray"][key], key
+
+
+def test_a_trial_leaves_what_it_promises(tmp_path):
+    one = next(t for t in trials("quickstart.yaml", *SHORT) if t.method.name == "lora")
+    seen = []
+    result = run(one, tmp_path / "t", report=seen.append)
+    assert result.status == "done", result.error
+    assert {p.name for p in (tmp_path / "t").iterdir()} == {
+        "expressions.parquet",
+        "tuned.safetensors",
+        "log.txt",
+        "overlays",
+    }
+    frame = pd.read_parquet(tmp_path / "t" / "expressions.parquet")
+    assert list(dict.fromkeys(frame["split"])) == list(one.eval.splits)
+    for split, scores in result.scores.items():
+        rows = frame[frame["split"] == split]
+        assert scores.num_expressions == len(rows)
+        assert scores.oiou == pytest.approx(rows["intersection"].sum() / rows["union"].sum())
+    assert result.selected_epoch == max(result.history, key=lambda epoch: epoch.miou).epoch
+    assert result.scores["val"].miou == max(epoch.miou for epoch in result.history)
+    assert result.cost.tuned_bytes == (tmp_path / "t" / "tuned.safetensors").stat().st_size
+    assert result.provenance.precision == "fp32"
+    assert set(result.provenance.weights) == {"tiny-clip-rn.safetensors"}
+    assert Result.from_json(result.to_json()) == result
+    phases = [progress.phase for progress in seen]
+    assert phases[0] == "load"
+    assert phases.count("train") == seen[-1].steps
+    assert phases[-1] == "evaluate testB/shuffled"
+
+
+def test_the_selected_checkpoint_is_the_one_saved(tmp_path):
+    """What is loaded back scores what the table says, also where the best epoch was not the last."""
+    from ris_bench import evaluation
+    from ris_bench.backbones.weights import Weights
+    from ris_bench.data.loading import Tokenizer
+    from ris_bench.data.refcoco import DATASETS
+    from ris_bench.model import build
+
+    # So high a rate that the second epoch spoils what the first learnt is not needed: any selection must hold.
+    one = next(t for t in trials("quickstart.yaml", *SHORT, "train.epochs=3") if t.method.name == "full")
+    result = run(one, tmp_path / "t")
+    model = build(one, Weights(None))
+    model.load_tuned(tmp_path / "t" / "tuned.safetensors")
+    dataset = DATASETS.build(one.dataset)
+    frame = evaluation.evaluate(
+        model,
+        dataset.read(Path("nowhere"), "testA"),
+        tokenizer=Tokenizer(dataset.word_len, model.backbone.vocab_size),
+        threshold=one.eval.threshold,
+        batch_size=trial.EVAL_BATCH_SIZE,
+        device=trial.torch.device("cpu"),
+    )
+    assert evaluation.scores(frame) == result.scores["testA"]
+
+
+def test_failures_are_results(tmp_path):
+    one = trials("quickstart.yaml", *SHORT, "train.lr=1.0e+30")[0]
+    result = run(one, tmp_path / "t")
+    assert result.status == "failed"
+    assert result.error.startswith("FloatingPointError: ")
+    assert "\n" not in result.error
+    assert "Traceback" in (tmp_path / "t" / "log.txt").read_text()
+    assert result.scores == {}
+    assert result.params is not None
+
+
+def test_missing_data_is_a_failure_in_one_line(tmp_path):
+    one = trials("real_slice.yaml")[0]
+    result = run(one, tmp_path / "t", data=tmp_path / "empty")
+    assert result.status == "failed"
+    assert "refs(google).p" in result.error
+
+
+def test_an_id_depends_on_what_can_change_a_number():
+    one = trials("quickstart.yaml")[0]
+    other = dataclasses.replace(one, train=dataclasses.replace(one.train, lr=one.train.lr * 2))
+    assert one.id != other.id
+    assert one.id == dataclasses.replace(one).id
+
+
+def test_language_is_used(tmp_path):
+    """The quickstart's own promise, with its own settings: mIoU of at least 0.45, three times that of the control."""
+    one = next(t for t in trials("quickstart.yaml") if t.method.name == READER)
+    result = run(one, tmp_path / "t")
+    assert result.status == "done", result.error
+    splits = ("testA", "testB")
+    read = np.mean([result.scores[split].miou for split in splits])
+    shuffled = np.mean([result.scores[f"{split}/shuffled"].miou for split in splits])
+    print(f"mIoU {read:.3f}, with the expressions of other referents {shuffled:.3f}")
+    assert read >= 0.45
+    assert read >= 3 * shuffled
+
+
+READER = "full"
+
+
+@pytest.mark.skipif(not SLICE.is_dir(), reason=f"the slice of real photos is not at {SLICE}")
+def test_real_photos_are_learnt(tmp_path):
+    result = run(trials("real_slice.yaml")[0], tmp_path / "t", data=SLICE)
+    assert result.status == "done", result.error
+    assert result.scores["val"].num_expressions == 19
+    assert result.scores["val"].miou >= 0.5
+    pictures = list((tmp_path / "t" / "overlays").glob("*.png"))
+    assert len(pictures) == 19
+    assert all(Image.open(picture).width >= 400 for picture in pictures)
