@@ -233,6 +233,7 @@ def through_ray(
         if not ray.is_initialized():
             _connect(address)
             stack.callback(ray.shutdown)
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are ours to tell
         gpus = gpus_per_trial
         if gpus is None:
             gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
@@ -272,7 +273,6 @@ def _connect(address: str | None) -> None:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         where = f"at {address} does not let us in" if address else "does not start"
         raise UserError(f"Ray {where}: {one_line(error)}; --executor local works without it") from error
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are ours to tell
 
 
 def _tune(
