@@ -405,10 +405,10 @@ def _with_article(patterns: tuple[str, ...]) -> tuple[str, ...]:
 GENERATOR = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 """What another version of this file has generated is left aside: it may be different."""
 SPLITS = ("train", "val", "testA", "testB")
-FEWEST_OBJECTS, MOST_OBJECTS = 3, 6
+FEWEST_OBJECTS, MOST_OBJECTS = 3, 5
 MOST_REFERENTS = 3
 MOST_EXPRESSIONS = 3
-WEIGHTS = {"category": 2, "colour": 2, "size": 2, "texture": 2, "place": 2, "relation": 2, "ordinal": 1}
+WEIGHTS = {"category": 4, "colour": 4, "size": 4, "texture": 4, "place": 3, "relation": 2, "ordinal": 1}
 """How often a kind is chosen among those that a referent allows."""
 
 
