@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ RUN = """\
 Runs every trial of an experiment that has no result yet and prints the table. Results are kept by trial and shared by
 experiments; the same command goes on where an earlier one stopped, and runs trials that failed again.
 
-exit code:  0 all well   1 a trial failed   2 bad input, nothing was run   130 stopped by Ctrl-C or SIGTERM
+exit code:  0 all well   1 a trial failed   2 bad input, nothing was run   130 stopped
 
 On a cluster (--address) every node must see the results, data and weights under the same paths and have this package
 installed; its driver and nodes need one token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE.
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("stopped: what has finished is kept; the same command goes on with the rest", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # nobody reads any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would complain when it flushes
         return 130
 
 

@@ -271,8 +271,11 @@ def _connect(address: str | None) -> None:
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own)
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        where = f"at {address} does not let us in" if address else "does not start"
-        raise UserError(f"Ray {where}: {one_line(error)}; --executor local works without it") from error
+        what, advice = "does not start", "--executor local works without it"
+        if address:
+            what = f"at {address} does not let us in"
+            advice = "set RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH here as on its nodes"
+        raise UserError(f"Ray {what} ({one_line(error)}): {advice}") from error
 
 
 def _tune(
