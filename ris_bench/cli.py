@@ -145,7 +145,7 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not trials:
         raise UserError(f"no trial of {args.experiment} has {args.only!r} in its id: --dry-run lists the ids")
     if args.dry_run:
-        _print_trials(trials, len(waiting), as_json=args.json)
+        _print_trials(trials, len(waiting), experiment.choose, as_json=args.json)
         return 0
 
     places = Places(data=args.data.absolute(), weights=args.weights and args.weights.absolute())
@@ -162,7 +162,7 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 1 if failed else 0
 
 
-def _print_trials(trials: list[Trial], waiting: int, *, as_json: bool) -> None:
+def _print_trials(trials: list[Trial], waiting: int, chosen: Sequence[str], *, as_json: bool) -> None:
     from ris_bench.sweep import count_parameters
 
     counts = count_parameters(trials)
@@ -183,4 +183,5 @@ def _print_trials(trials: list[Trial], waiting: int, *, as_json: bool) -> None:
     for row in rows:
         row |= {name.replace("_", " "): number for name, number in row.pop("params").items()}
     print(tabulate(rows, headers="keys", intfmt=("", "", "", "", "", *[","] * 4)))
-    print(f"\n{len(trials)} trials, {waiting} to run")
+    later = f"; more once the best {' and '.join(chosen)} is known" if chosen else ""
+    print(f"\n{len(trials)} trials, {waiting} to run{later}")

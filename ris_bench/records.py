@@ -19,7 +19,7 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a trial is trained: Adam on the tuned tensors, a step schedule, one random expression per referent and epoch."""
+    """How a trial is trained: Adam, a step schedule, one random expression per referent and epoch."""
 
     epochs: int
     batch_size: int

@@ -17,7 +17,9 @@ OPTIONS = {"bridger": {"width": 16}}
 TINY_HEAD = {"width": 16, "layers": 1, "heads": 2, "ffn": 16}
 
 
-def tiny_model(backbone_name: str, method_name: str, seed: int = 0, head: dict | None = None, **backbone_options) -> RISModel:
+def tiny_model(
+    backbone_name: str, method_name: str, seed: int = 0, head: dict | None = None, **backbone_options
+) -> RISModel:
     """A model with the shipped weights."""
     backbone = BACKBONES[backbone_name](Weights(None), **backbone_options)
     torch.manual_seed(seed)

@@ -150,7 +150,7 @@ def test_untouched_steps_are_untouched(model):
         steps = [tower.stem, *tower.stages, tower.head]
         owned = []
         if tower.untouched:
-            # The stem's parameters are those that lie in no stage and not in the head; its output must carry no gradient.
+            # What comes out of an untouched step carries no gradient.
             state = given
             for run in steps[: tower.untouched]:
                 state = run(state)
@@ -179,8 +179,8 @@ def test_features_of_the_frozen_backbone_do_not_depend_on_the_seed(backbone_name
     images, tokens = inputs(tiny_model(backbone_name, "frozen"))
     first, second = (tiny_model(backbone_name, "frozen", seed=seed).eval() for seed in (0, 1))
     with torch.inference_mode():
-        for a, b in zip(first.backbone(images, tokens).maps_BCHW, second.backbone(images, tokens).maps_BCHW, strict=True):
-            assert torch.equal(a, b)
+        maps = [model.backbone(images, tokens).maps_BCHW for model in (first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(*maps, strict=True))
 
 
 def test_lora_changes_query_and_value_only():
@@ -190,7 +190,7 @@ def test_lora_changes_query_and_value_only():
     for tower in ("image", "text"):
         for a, b in zip(getattr(frozen.backbone, tower).stages, getattr(lora.backbone, tower).stages, strict=True):
             for one, other in zip(a.blocks, b.blocks, strict=True):
-                q, k, v = ((one.attn.in_proj_weight - other.attn.in_proj_weight).abs().chunk(3))
+                q, k, v = (one.attn.in_proj_weight - other.attn.in_proj_weight).abs().chunk(3)
                 assert q.max() > 0
                 assert k.max() == 0
                 assert v.max() > 0
