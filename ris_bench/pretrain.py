@@ -28,6 +28,7 @@ from ris_bench.backbones.clip import residual, transformer
 from ris_bench.backbones.tiny import TEXT, tiny_dino_vit, tiny_rn, tiny_vit
 from ris_bench.data.loading import Tokenizer
 from ris_bench.data.scenes import (
+    AFTER,
     COLOURS,
     DIAMETERS,
     PLACES,
@@ -78,20 +79,24 @@ def thirds(thing: Object) -> list[int]:
 
 def describe(thing: Object, rng: np.random.Generator) -> tuple[str, list[int]]:
     """A description of an object by itself, and what it says."""
-    words, said = [], []
+    words, said, after = [], [], ""
     for attribute, values in ATTRIBUTES.items():
         value = getattr(thing, attribute)
         spoken = rng.random() < (0.85 if attribute in ("colour", "shape") else 0.5)
         said.append(values.index(value) if spoken else ANY)
-        if spoken or attribute == "shape":
+        if spoken and attribute != "shape" and not after and rng.random() < 0.15:
+            after = " " + str(rng.choice(AFTER.get(value, (f"that is {value}",))))
+        elif spoken or attribute == "shape":
             value = value if spoken else ""
             words.append(str(rng.choice(WORDS.get(value, (value,)))))
-    text, where = " ".join(words), thirds(thing)
+    text, where = " ".join(words) + after, thirds(thing)
     sides = [SIDES[axis][third] for axis, third in zip("yx", reversed(where), strict=True)]
     place = " ".join(side for side in sides if side) or "middle"
     if rng.random() < 0.5:
-        return str(rng.choice(PLACES[place])).format(text), said + where
-    return text, [*said, ANY, ANY]
+        text = str(rng.choice(PLACES[place])).format(text)
+    else:
+        where = [ANY, ANY]
+    return f"the {text}" if rng.random() < 0.4 else text, said + where
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:

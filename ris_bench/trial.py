@@ -91,6 +91,8 @@ class _Run:
         self.history: list[Epoch] = []
         self.selected: Epoch | None = None
         self.scores: dict[str, Scores] = {}
+        self.steps = 0
+        self.clock = time.monotonic()
         self.train_seconds = self.eval_seconds = 0.0
 
     def log(self, line: str) -> None:
@@ -121,7 +123,7 @@ class _Run:
         self.log(f"{batches.num_referents} referents, {self.steps} steps; {sizes}")
 
         torch.manual_seed(trial.seed)
-        self.clock = time.monotonic()
+        self.lap()
         best, best_frame = {}, pd.DataFrame()
         for epoch in train(model, batches, training, self.device, self.on_step):
             self.train_seconds += self.lap()
@@ -218,7 +220,7 @@ class _Run:
                 epoch=min(done, epochs),
                 epochs=epochs,
                 step=step,
-                steps=getattr(self, "steps", 0),
+                steps=self.steps,
                 loss=loss,
                 images_per_second=rate,
                 eta_seconds=eta,

@@ -43,7 +43,7 @@ COLOURS = {
     "purple": (165, 45, 180),
     "white": (245, 245, 245),
 }
-DIAMETERS = {"small": (0.16, 0.18), "large": (0.32, 0.36)}
+DIAMETERS = {"small": (0.22, 0.24), "large": (0.36, 0.4)}
 """Range of an object's diameter, as a fraction of the square root of the image's area."""
 TEXTURES = ("plain", "striped")
 MIN_VISIBLE = 0.7
@@ -64,11 +64,11 @@ def _heart() -> np.ndarray:
 
 SHAPES: dict[str, tuple[np.ndarray, ...]] = {
     "circle": (_around(0.5, count=32),),
-    "ring": (_around(0.54, count=32), _around(0.27, count=32)),
+    "ring": (_around(0.54, count=32), _around(0.2, count=32)),
     "heart": (_heart(),),
     "square": (_around(0.64, count=4, turn=np.pi / 4),),
     "triangle": (_around(0.66, count=3) + (0, 0.12),),
-    "star": (_around(0.64, 0.29, count=10),),
+    "star": (_around(0.62, 0.38, count=10),),
 }
 """Contours of about unit diameter: the outline, and the hole where there is one."""
 ROUND = ("circle", "ring", "heart")
@@ -408,7 +408,7 @@ SPLITS = ("train", "val", "testA", "testB")
 FEWEST_OBJECTS, MOST_OBJECTS = 3, 5
 MOST_REFERENTS = 3
 MOST_EXPRESSIONS = 3
-WEIGHTS = {"category": 4, "colour": 4, "size": 4, "texture": 4, "place": 3, "relation": 2, "ordinal": 1}
+WEIGHTS = {"category": 12, "colour": 12, "size": 12, "texture": 12, "place": 6, "relation": 2, "ordinal": 1}
 """How often a kind is chosen among those that a referent allows."""
 
 
