@@ -7,7 +7,6 @@ import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +14,11 @@ import pandas as pd
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ris_bench import metrics
 from ris_bench.data.loading import Batch, Tokenizer, expression_batches
 from ris_bench.data.refcoco import Sample
-from ris_bench.data.transforms import Frame, Letterbox
+from ris_bench.data.transforms import Frame, Letterbox, restore
 from ris_bench.protocols import RIS_BENCH, Protocol
 from ris_bench.records import Scores
 
@@ -153,27 +151,6 @@ def _predict(
             groups.setdefault(Letterbox(image_B3HW.shape[-1]).frame(sample.height, sample.width), []).append(row)
         for frame, rows in groups.items():
             yield batch.index_B[rows].tolist(), restore(logits_BHW[rows], frame) > threshold_logit
-
-
-def restore(logits_BHW: Tensor, frame: Frame) -> Tensor:
-    """Maps of any resolution over the letterbox -> (B, height, width) float64 in the frame of the image.
-
-    Interpolation to the size of the input, the crop and interpolation to the image are linear and separable, so that
-    one matrix per axis does all three, which on small images takes a fifth of the time. In float64, since a setting of
-    TensorFloat-32 must not change a mask.
-    """
-    (_, h, w), device = logits_BHW.shape, logits_BHW.device
-    down_Hh = _axis(h, frame.size, frame.top, frame.content_height, frame.height, device)
-    across_Ww = _axis(w, frame.size, frame.left, frame.content_width, frame.width, device)
-    return down_Hh @ (logits_BHW.double() @ across_Ww.T)
-
-
-@lru_cache(maxsize=64)
-def _axis(source: int, size: int, start: int, length: int, target: int, device: torch.device) -> Tensor:
-    """(target, source): `source` points stretched over `size`, of which `length` after `start` fill `target`."""
-    identity = torch.eye(source, dtype=torch.float64)[None]
-    content = F.interpolate(identity, size, mode="linear", align_corners=False)[..., start : start + length]
-    return F.interpolate(content, target, mode="linear", align_corners=False)[0].T.contiguous().to(device)
 
 
 def _count(predicted_BHW: Tensor, samples: Sequence[Sample]) -> Tensor:

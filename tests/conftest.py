@@ -11,6 +11,9 @@ from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS
 from ris_bench.model import RISModel
 
+# As trials do: more threads than cores, when several tests run at once, take many times as long.
+torch.set_num_threads(1)
+
 TINY = [name for name in BACKBONES if name.startswith("tiny-")]
 OPTIONS = {"bridger": {"width": 16}}
 """Options without which a method does not fit a tiny backbone's size."""

@@ -249,7 +249,7 @@ def test_real_masks_come_back_to_their_own_frame() -> None:
     for batch in ReferentBatches(real, Tokenizer(22), 416, 4, seed=0).epoch(0):
         for index, mask_1HW in zip(batch.index_B.tolist(), batch.mask_B1HW, strict=True):
             sample = real[index]
-            predicted = restore(mask_1HW[0], Letterbox(416).frame(sample.height, sample.width)).numpy() > 0.5
+            predicted = restore(mask_1HW, Letterbox(416).frame(sample.height, sample.width))[0].numpy() > 0.5
             mask = sample.mask() > 0
             assert (predicted & mask).sum() / (predicted | mask).sum() > 0.95
             seen.append(index)

@@ -18,7 +18,7 @@ MOST_BYTES = 8_000_000
 
 @pytest.mark.parametrize("name", TINY)
 def test_it_makes_what_is_shipped(name, capsys):
-    state = pretrain.pretrain(name, steps=2, num_scenes=4, batch_size=3, lr=1e-3, seed=0)
+    state = pretrain.pretrain(name, steps=2, num_scenes=4, images=3, lr=1e-3)
     shipped = load_file(locate(name, None))
     assert {key: (t.shape, t.dtype) for key, t in state.items()} == {k: (t.shape, t.dtype) for k, t in shipped.items()}
     assert "step 2/2" in capsys.readouterr().out
@@ -33,8 +33,8 @@ def test_shipped_weights_are_small_and_load_strictly():
 def test_shipped_weights_know_descriptions():
     """On scenes that pre-training saw none of, a description finds its object far more often than by chance."""
     torch.manual_seed(0)
-    book = pretrain.write_book(24, 96, seed=2)
-    teacher = pretrain.Captions(pretrain.tiny_rn(), 96).eval()
+    book = pretrain.write_book(24, 128, seed=2)
+    teacher = pretrain.Captions(pretrain.tiny_rn(), 128).eval()
     shuffled = book.description_NKL[torch.randperm(len(book.description_NKL))]
     teacher.clip.load_state_dict(
         {k: t.float() for k, t in load_file(locate("tiny-clip-rn", None)).items()}, strict=False

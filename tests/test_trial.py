@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -55,22 +52,6 @@ def test_the_same_trial_twice_is_bit_identical(method, tmp_path):
     assert tuned[0] == tuned[1]
     frames = [pd.read_parquet(tmp_path / name / "expressions.parquet") for name in ("a", "b")]
     pd.testing.assert_frame_equal(*frames)
-
-
-@pytest.mark.ray
-def test_both_executors_give_the_same(tmp_path):
-    table = {}
-    for executor in ("local", "ray"):
-        command = [sys.executable, ROOT / "run_bench.py", ROOT / "experiments" / "quickstart.yaml"]
-        command += ["--executor", executor, "--results", tmp_path / executor, "--only", ".lora."]
-        for assignment in SHORT:
-            command += ["--set", assignment]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        (folder,) = (tmp_path / executor / "trials").iterdir()
-        table[executor] = json.loads((folder / "result.json").read_text())
-    for key in ("id", "scores", "history", "params", "selected_epoch"):
-        assert table["local"][key] == table["ray"][key], key
 
 
 def test_a_trial_leaves_what_it_promises(tmp_path):

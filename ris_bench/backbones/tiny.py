@@ -18,7 +18,7 @@ TEXT = {"context_length": 32, "vocab_size": 8192, "width": 64, "heads": 4, "laye
 
 
 def tiny_rn() -> CLIP:
-    vision = {"layers": (1, 1, 1, 1), "width": 8, "head_width": 32, "image_size": 96}
+    vision = {"layers": (1, 1, 1, 1), "width": 8, "head_width": 32, "image_size": 128}
     return CLIP(embed_dim=64, vision_cfg=vision, text_cfg=dict(TEXT))
 
 
@@ -44,7 +44,7 @@ def tiny_dino_vit() -> VisionTransformer:
 
 
 @BACKBONES("tiny-clip-rn")
-def tiny_clip_rn(weights: Weights | None, *, image_size: int = 96, norm_stats: NormStats = "frozen") -> Backbone:
+def tiny_clip_rn(weights: Weights | None, *, image_size: int = 128, norm_stats: NormStats = "frozen") -> Backbone:
     clip = tiny_rn()
     if weights is not None:
         load_clip(clip, *weights.load("tiny-clip-rn"))

@@ -123,8 +123,8 @@ def draw_scene(rng: np.random.Generator, num_objects: int, size: tuple[int, int]
     """
     height, width = size or rng.integers(104, 137, 2).tolist()
     image = _background(rng, height, width)
-    shapes = rng.choice(list(SHAPES), rng.integers(2, 4), replace=False).tolist()
-    colours = rng.choice(list(COLOURS), rng.integers(2, 4), replace=False).tolist()
+    shapes = rng.choice(list(SHAPES), rng.integers(3, 6), replace=False).tolist()
+    colours = rng.choice(list(COLOURS), rng.integers(3, 6), replace=False).tolist()
     while True:  # until every object has found a place
         looks = [
             [of[rng.integers(len(of))] for of in (shapes, colours, TEXTURES, list(DIAMETERS))]
@@ -405,7 +405,7 @@ def _with_article(patterns: tuple[str, ...]) -> tuple[str, ...]:
 GENERATOR = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 """What another version of this file has generated is left aside: it may be different."""
 SPLITS = ("train", "val", "testA", "testB")
-FEWEST_OBJECTS, MOST_OBJECTS = 3, 5
+FEWEST_OBJECTS, MOST_OBJECTS = 4, 6
 MOST_REFERENTS = 3
 MOST_EXPRESSIONS = 3
 WEIGHTS = {"category": 12, "colour": 12, "size": 12, "texture": 12, "place": 6, "relation": 2, "ordinal": 1}

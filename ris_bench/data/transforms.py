@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -62,15 +63,25 @@ class Letterbox:
         return square
 
 
-def restore(map_HW: Tensor, frame: Frame) -> Tensor:
-    """A float map over the square, (size, size) -> the frame of the image, (height, width).
+def restore(logits_BHW: Tensor, frame: Frame) -> Tensor:
+    """Maps of any resolution over the square -> (B, height, width) float64 in the frame of the image.
 
-    The padding is cut off and the content interpolated bilinearly between pixel centres (align_corners=False).
+    Bilinear (align_corners=False) to the size of the square; the padding is cut off; bilinear to the image. All three
+    are linear and separable, so that one matrix per axis does them at once, which on small images takes a fifth of the
+    time. In float64, since a setting of TensorFloat-32 must not change a mask.
     """
-    content_HW = map_HW[frame.content]
-    return F.interpolate(content_HW[None, None], (frame.height, frame.width), mode="bilinear", align_corners=False)[
-        0, 0
-    ]
+    (_, h, w), device = logits_BHW.shape, logits_BHW.device
+    down_Hh = _axis(h, frame.size, frame.top, frame.content_height, frame.height, device)
+    across_Ww = _axis(w, frame.size, frame.left, frame.content_width, frame.width, device)
+    return down_Hh @ (logits_BHW.double() @ across_Ww.T)
+
+
+@lru_cache(maxsize=64)
+def _axis(source: int, size: int, start: int, length: int, target: int, device: torch.device) -> Tensor:
+    """(target, source): `source` points stretched over `size`, of which `length` after `start` fill `target`."""
+    identity = torch.eye(source, dtype=torch.float64)[None]
+    content = F.interpolate(identity, size, mode="linear", align_corners=False)[..., start : start + length]
+    return F.interpolate(content, target, mode="linear", align_corners=False)[0].T.contiguous().to(device)
 
 
 def normalise(image_BHW3: Tensor) -> Tensor:
