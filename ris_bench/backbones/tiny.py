@@ -36,7 +36,7 @@ def tiny_dino_vit() -> VisionTransformer:
         num_heads=4,
         reg_tokens=4,
         no_embed_class=True,
-        init_values=1e-5,
+        init_values=1.0,
         num_classes=0,
         global_pool="",
         dynamic_img_size=True,
