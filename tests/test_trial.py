@@ -146,7 +146,7 @@ def test_language_is_used(tmp_path):
     assert read >= 3 * shuffled
 
 
-READER = "full"
+READER = "frozen"
 
 
 @pytest.mark.skipif(not SLICE.is_dir(), reason=f"the slice of real photos is not at {SLICE}")

@@ -405,7 +405,7 @@ def _with_article(patterns: tuple[str, ...]) -> tuple[str, ...]:
 GENERATOR = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 """What another version of this file has generated is left aside: it may be different."""
 SPLITS = ("train", "val", "testA", "testB")
-FEWEST_OBJECTS, MOST_OBJECTS = 4, 6
+FEWEST_OBJECTS, MOST_OBJECTS = 3, 5
 MOST_REFERENTS = 3
 MOST_EXPRESSIONS = 3
 WEIGHTS = {"category": 12, "colour": 12, "size": 12, "texture": 12, "place": 6, "relation": 2, "ordinal": 1}
