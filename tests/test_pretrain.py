@@ -79,6 +79,6 @@ def test_a_text_is_positive_for_every_object_that_it_fits():
     wrong, missed = pretrain.contrast(images, texts.roll(1, 0), fits, scale)
     assert (found, missed) == (1.0, 0.0)
     assert right < 1e-3 < wrong
-    both, found = pretrain.contrast(images, texts.roll(1, 0), fits | fits.roll(1, 0), scale)
+    both, found = pretrain.contrast(images, texts.roll(1, 0), fits | fits.roll(1, 1), scale)
     assert found == 1.0
     assert both < 1e-3
