@@ -194,7 +194,7 @@ def test_sizes_differ_clearly(drawn):
             size: [thing.mask.mean() for thing in things if (thing.shape, thing.size) == (shape, size)]
             for size in ("small", "large")
         }
-        assert min(area["large"]) > 2.5 * max(area["small"])
+        assert min(area["large"]) > 2 * max(area["small"])
 
 
 def test_the_object_is_where_its_mask_says(drawn):
