@@ -34,7 +34,6 @@ def test_logits_are_four_times_as_fine_as_the_middle_stage(model):
 
 
 def test_frozen_tensors_and_statistics_do_not_move(model):
-    moving = set(model.tuned_tensors()) - {n for n in model.state_dict() if "connect" in n and "full" not in n}
     tuned = {name for name, p in model.named_parameters() if p.requires_grad} | set(model.moving_statistics())
     before = copy.deepcopy(model.state_dict())
     model.train()
@@ -44,7 +43,6 @@ def test_frozen_tensors_and_statistics_do_not_move(model):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed <= tuned
     assert changed, "nothing was trained"
-    assert moving <= tuned
 
 
 def test_every_tuned_tensor_gets_a_gradient(model):
@@ -63,7 +61,6 @@ def test_every_tuned_tensor_gets_a_gradient(model):
 
 UNUSED = {
     "backbone.image.attnpool.k_proj.bias",  # softmax does not see what is added to every key
-    "backbone.image.vit.cls_token",
 }
 
 
@@ -175,6 +172,8 @@ def test_norm_statistics_are_a_choice(method_name):
         assert torch.equal(before, model.state_dict()[name]) == (norm_stats == "frozen")
         assert (name in model.tuned_tensors()) == (norm_stats == "batch")
         assert (model.count().moving_statistics > 0) == (norm_stats == "batch")
+        if norm_stats == "batch":
+            assert model.backbone.image.untouched == 0
 
 
 def test_features_of_the_frozen_backbone_do_not_depend_on_the_seed(backbone_name):

@@ -168,8 +168,12 @@ class Backbone(nn.Module):
         What a method injects later is not closed: trainable is what was created or opened after this call.
         """
         self.requires_grad_(False)
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
         if self.norm_stats == "frozen":
-            self.fixed_norms = [module for module in self.modules() if isinstance(module, _BatchNorm)]
+            self.fixed_norms = norms
+        elif norms:
+            # What is normalised by the batch is another thing in every batch; only image towers have such norms.
+            self.image.untouched = 0
         self.train(self.training)
 
     def open(self) -> None:
