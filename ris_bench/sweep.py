@@ -154,8 +154,11 @@ class _Keeper:
 
     def finished(self, result: Result) -> None:
         self.results[result.trial.id] = result
-        tables.write(tables.render(self.experiment, self.results), self.store.root / self.experiment.name)
+        self.write_tables()
         self.display.finished(result)
+
+    def write_tables(self) -> None:
+        tables.write(tables.render(self.experiment, self.results), self.store.root / self.experiment.name)
 
 
 def run(
@@ -184,7 +187,14 @@ def run(
                 stack.callback(signal.signal, signal.SIGTERM, before)
                 keeper = _Keeper(experiment, job.store, results, stack.enter_context(display))
             display.expect(trials, retried=sum(job.store.read(trial) is not None for trial in trials))
-            execute(trials, job, keeper)
+            try:
+                execute(trials, job, keeper)
+            except KeyboardInterrupt:
+                # A trial may have ended in its own process without a word having reached this one.
+                pending(experiment, job.store, results, only)
+                if results:
+                    keeper.write_tables()
+                raise
     return results
 
 

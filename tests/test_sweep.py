@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -119,6 +120,22 @@ def test_a_trial_cut_off_leaves_no_result_and_is_run_again(experiment, store):
     assert kept(store) == dict.fromkeys((0, 1, 2), "done")
     assert not partial_folder.exists()
     assert len(list((store.root / "trials").iterdir())) == 3
+
+
+def test_a_trial_that_ends_as_the_sweep_is_stopped_is_in_the_table(experiment, store):
+    """In a process of its own, a trial may be done before the driver has heard of it."""
+
+    @contextmanager
+    def executor():
+        def execute(trials, job, watcher):
+            job(trials[0], lambda progress: None)
+            raise KeyboardInterrupt
+
+        yield execute
+
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment, store, executor=executor())
+    assert "99.9" in (store.root / "stand_in" / "table.md").read_text()
 
 
 def test_a_failure_is_recorded_the_others_go_on_and_it_is_tried_again(experiment, store, capsys):

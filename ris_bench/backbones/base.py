@@ -46,44 +46,51 @@ class Site:
 
     tower: Tower = field(repr=False)
     kind: str
-    """ "ffn": the MLP of a transformer block. "q", "k", "v": rows of an attention's projection weight. "conv": the 3x3
-    convolution of a bottleneck. "stage": the state after a stage."""
+    """What stands at the place.
+
+    "attention" and "ffn": the branches of a transformer block, which are added to its input. "q", "k", "v", "out": the
+    projections of an attention. "fc1", "fc2": the layers of an MLP. "norm": a LayerNorm.
+    "conv": the 3x3 convolution of a bottleneck with its norm and activation; "kernel": that convolution alone.
+    "bottleneck": the branch of a bottleneck, which is added to its shortcut. "pool": the attention pool.
+    "prompt": the words of a sentence, a `TextState`, before their positions are added. "stage": all of a stage.
+    """
     step: int
     """Position of the first step of the tower whose result changes when a method acts here (see `Tower.untouched`)."""
     depth: int
     """Position among the sites of this kind in its tower."""
     width: int
-    """Channels that enter, and leave, the place."""
+    """Channels that leave the place; as many enter, but for "fc1", "fc2", "pool" and the attention pool's "out"."""
     parent: nn.Module = field(repr=False)
     attr: str
-    first_row: int = 0
-    """For a weight site: where the `width` rows of this projection begin in `parent.attr`, which may pack several."""
 
     def wrap(self, make: Callable[[nn.Module], nn.Module]) -> None:
         """Put `make(module)` in the place of the module that stands here."""
         self.touch()
         setattr(self.parent, self.attr, make(getattr(self.parent, self.attr)))
 
-    def reparametrize(self, delta: nn.Module) -> None:
-        """Add `delta()` to the rows of the weight that stands here, at every use: packed attention, which reads raw
-        weights and never calls a wrapped projection, then uses it too."""
+    def reparametrize(self, make: Callable[[Tensor], nn.Module]) -> None:
+        """Add what `make(weight)` returns to the weight of the layer that stands here, at every use."""
         self.touch()
-        nn.utils.parametrize.register_parametrization(self.parent, self.attr, _AddToRows(delta, self.first_row))
+        layer = getattr(self.parent, self.attr)
+        nn.utils.parametrize.register_parametrization(layer, "weight", _Added(make(layer.weight)))
+
+    def open(self) -> None:
+        """Make the parameters of the module that stands here trainable."""
+        self.touch()
+        getattr(self.parent, self.attr).requires_grad_(True)
 
     def touch(self) -> None:
         """Say that what leaves this place depends on tuned parameters, or on the other tower."""
         self.tower.untouched = min(self.tower.untouched, self.step)
 
 
-class _AddToRows(nn.Module):
-    def __init__(self, delta: nn.Module, first_row: int) -> None:
+class _Added(nn.Module):
+    def __init__(self, delta: nn.Module) -> None:
         super().__init__()
-        self.delta, self.first_row = delta, first_row
+        self.delta = delta
 
     def forward(self, weight: Tensor) -> Tensor:
-        change = self.delta()
-        after = len(weight) - self.first_row - len(change)
-        return weight + nn.functional.pad(change, (0, 0, self.first_row, after))
+        return weight + self.delta()
 
 
 class Tower(nn.Module):

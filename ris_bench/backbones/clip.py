@@ -7,13 +7,12 @@ The released RIS code keeps the map of the attention pool and adds a random, fro
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import open_clip
 import torch
 from open_clip.model import CLIP, resize_pos_embed
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import Transformer, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,63 +27,33 @@ from ris_bench.backbones.base import (
     resize_positions,
     seeded,
 )
+from ris_bench.backbones.transformer import (
+    NUM_STAGES,
+    Attention,
+    Block,
+    Blocks,
+    CausalBlocks,
+    block_sites,
+    layer_site,
+    split,
+)
 from ris_bench.backbones.weights import Weights, fit
 from ris_bench.errors import UserError
 
-NUM_STAGES = 3
-"""Image and text towers are cut into as many stages, so that a method can pair them."""
 
-
-class Blocks(nn.Module):
-    """Consecutive transformer blocks on tokens (B, N, C)."""
-
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        for block in self.blocks:
-            x_BNC = block(x_BNC)
-        return x_BNC
-
-
-class CausalBlocks(Blocks):
-    """Consecutive blocks of a text tower: a token sees itself and those before it."""
-
-    def forward(self, state: TextState) -> TextState:
-        x_BLE = state.x_BLE
-        length = x_BLE.shape[1]
-        # A float mask, as CLIP's own; built for the length at hand, which a method may have changed.
-        mask_LL = torch.full((length, length), -torch.inf, device=x_BLE.device).triu(1)
-        for block in self.blocks:
-            x_BLE = block(x_BLE, attn_mask=mask_LL)
-        return state._replace(x_BLE=x_BLE)
-
-
-def split(blocks: nn.Module, stage: type[Blocks]) -> list[Blocks]:
-    """The blocks of a transformer in NUM_STAGES equal stages."""
-    blocks = list(blocks)
-    size = len(blocks) // NUM_STAGES
-    assert size * NUM_STAGES == len(blocks)
-    return [stage(blocks[i * size : (i + 1) * size]) for i in range(NUM_STAGES)]
-
-
-def block_sites(tower: Tower, width: int, qkv: Callable[[nn.Module], tuple[nn.Module, str]]) -> Iterator[Site]:
-    """The sites of a tower made of `Blocks`; `qkv(block)` says where the packed projection weight is."""
-    depth = 0
-    for i, stage in enumerate(tower.stages):
-        for block in stage.blocks:
-            place: dict[str, Any] = {"tower": tower, "step": i + 1, "depth": depth, "width": width}
-            parent, attr = qkv(block)
-            for part, kind in enumerate("qkv"):
-                yield Site(kind=kind, parent=parent, attr=attr, first_row=part * width, **place)
-            yield Site(kind="ffn", parent=block, attr="mlp", **place)
-            depth += 1
-    yield from tower.stage_sites()
-
-
-def packed(block: nn.Module) -> tuple[nn.Module, str]:
-    return block.attn, "in_proj_weight"
+def blocks(transformer: Transformer) -> list[Block]:
+    """The blocks of an open_clip transformer."""
+    return [
+        Block(
+            block.ln_1,
+            Attention(block.attn.in_proj_weight, block.attn.in_proj_bias, block.attn.out_proj, block.attn.num_heads),
+            block.ls_1,
+            block.ln_2,
+            tuple(block.mlp),
+            block.ls_2,
+        )
+        for block in transformer.resblocks
+    ]
 
 
 class CLIPText(Tower):
@@ -92,14 +61,16 @@ class CLIPText(Tower):
 
     def __init__(self, clip: CLIP) -> None:
         width = clip.token_embedding.embedding_dim
-        super().__init__(split(clip.transformer.resblocks, CausalBlocks), (width,) * NUM_STAGES)
+        super().__init__(split(blocks(clip.transformer), CausalBlocks), (width,) * NUM_STAGES)
+        self.prompt = nn.Identity()
         self.token_embedding, self.ln_final = clip.token_embedding, clip.ln_final
         self.positional_embedding, self.text_projection = clip.positional_embedding, clip.text_projection
 
     def stem(self, tokens_BL: Tensor) -> TextState:
-        x_BLE = self.token_embedding(tokens_BL) + self.positional_embedding[: tokens_BL.shape[1]]
         # Token 0 is CLIP's "!", which the released code takes for padding as well (ETRIS model/segmenter.py:50).
-        return TextState(x_BLE, tokens_BL.argmax(dim=1), tokens_BL == 0)
+        state = TextState(self.token_embedding(tokens_BL), tokens_BL.argmax(dim=1), tokens_BL == 0)
+        state = self.prompt(state)
+        return state._replace(x_BLE=state.x_BLE + self.positional_embedding[: state.x_BLE.shape[1]])
 
     def head(self, state: TextState) -> tuple[Tensor, Tensor]:
         words_BLE = self.ln_final(state.x_BLE)
@@ -107,7 +78,8 @@ class CLIPText(Tower):
         return words_BLE, last_BE @ self.text_projection
 
     def sites(self) -> Iterator[Site]:
-        return block_sites(self, self.widths[0], packed)
+        yield Site(tower=self, kind="prompt", step=0, depth=0, width=self.widths[0], parent=self, attr="prompt")
+        yield from block_sites(self, (self, "ln_final"))
 
 
 class MapAttentionPool(nn.Module):
@@ -136,6 +108,21 @@ class MapAttentionPool(nn.Module):
         return F.relu(pooled_BND.mT.unflatten(2, (height, width)) + self.connect(x_BCHW))
 
 
+class Bottleneck(nn.Module):
+    """The bottleneck of an open_clip ResNet, with what belongs together in one module."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.reduce = nn.Sequential(block.conv1, block.bn1, block.act1)
+        self.conv = nn.Sequential(block.conv2, block.bn2, block.act2)
+        self.avgpool = block.avgpool
+        self.expand = nn.Sequential(block.conv3, block.bn3)
+        self.shortcut = block.downsample or nn.Identity()
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return F.relu(self.expand(self.avgpool(self.conv(self.reduce(x_BCHW)))) + self.shortcut(x_BCHW))
+
+
 class CLIPResNet(ImageTower):
     """Image (B, 3, H, W) -> C3, C4 and the map of the attention pool, at strides 8, 16, 32."""
 
@@ -144,7 +131,8 @@ class CLIPResNet(ImageTower):
 
     def __init__(self, visual: nn.Module) -> None:
         width = visual.conv1.out_channels * 2
-        stages = [nn.Sequential(visual.layer1, visual.layer2), visual.layer3, visual.layer4]
+        layers = ([*visual.layer1, *visual.layer2], visual.layer3, visual.layer4)
+        stages = [nn.Sequential(*(Bottleneck(block) for block in layer)) for layer in layers]
         super().__init__(stages, (width * 8, width * 16, width * 32))
         self.attnpool = MapAttentionPool(visual.attnpool)
         self.out_channels = (width * 8, width * 16, visual.output_dim)
@@ -169,23 +157,17 @@ class CLIPResNet(ImageTower):
     def sites(self) -> Iterator[Site]:
         depth = 0
         for i, stage in enumerate(self.stages):
-            for bottleneck in (m for m in stage.modules() if hasattr(m, "conv3")):
-                width = bottleneck.conv2.out_channels
-                yield Site(
-                    tower=self, kind="conv", step=i + 1, depth=depth, width=width, parent=bottleneck, attr="conv2"
-                )
+            for bottleneck in stage:
+                at = {"tower": self, "step": i + 1, "depth": depth}
+                kernel = layer_site("kernel", bottleneck.conv, "0", **at)
+                yield kernel
+                yield Site(kind="conv", parent=bottleneck, attr="conv", width=kernel.width, **at)
+                yield Site(kind="bottleneck", parent=bottleneck, attr="expand", width=4 * kernel.width, **at)
                 depth += 1
-        for kind in "qkv":
-            projection = getattr(self.attnpool, f"{kind}_proj")
-            yield Site(
-                tower=self,
-                kind=kind,
-                step=len(self.stages) + 1,
-                depth=0,
-                width=projection.out_features,
-                parent=projection,
-                attr="weight",
-            )
+        at = {"tower": self, "step": len(self.stages) + 1, "depth": 0}
+        for kind, attr in (("q", "q_proj"), ("k", "k_proj"), ("v", "v_proj"), ("out", "c_proj")):
+            yield layer_site(kind, self.attnpool, attr, **at)
+        yield Site(kind="pool", parent=self, attr="attnpool", width=self.out_channels[-1], **at)
         yield from self.stage_sites()
 
 
@@ -196,7 +178,7 @@ class CLIPViT(ImageTower):
 
     def __init__(self, visual: nn.Module) -> None:
         width = visual.conv1.out_channels
-        super().__init__(split(visual.transformer.resblocks, Blocks), (width,) * NUM_STAGES)
+        super().__init__(split(blocks(visual.transformer), Blocks), (width,) * NUM_STAGES)
         self.strides = (visual.patch_size[0],) * NUM_STAGES
         self.out_channels = (width, width, visual.output_dim)
         self.conv1, self.ln_pre, self.ln_post = visual.conv1, visual.ln_pre, visual.ln_post
@@ -220,7 +202,7 @@ class CLIPViT(ImageTower):
         return x_BNC + F.pad(delta_BCHW.flatten(2).mT, (0, 0, 1, 0))
 
     def sites(self) -> Iterator[Site]:
-        return block_sites(self, self.widths[0], packed)
+        yield from block_sites(self, (self, "ln_post"))
 
 
 def openai_clip(name: str, image_size: int | None = None) -> CLIP:

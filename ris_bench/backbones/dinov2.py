@@ -14,17 +14,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ris_bench.backbones.base import BACKBONES, Backbone, ImageTower, Site
-from ris_bench.backbones.clip import (
-    NUM_STAGES,
-    Blocks,
-    CLIPText,
-    block_sites,
-    check_patches,
-    load_clip,
-    openai_clip,
-    split,
-)
+from ris_bench.backbones.clip import CLIPText, check_patches, load_clip, openai_clip
+from ris_bench.backbones.transformer import NUM_STAGES, Attention, Block, Blocks, block_sites, split
 from ris_bench.backbones.weights import Weights, fit
+
+
+def blocks(vit: VisionTransformer) -> list[Block]:
+    """The blocks of a timm transformer."""
+    return [
+        Block(
+            block.norm1,
+            Attention(block.attn.qkv.weight, block.attn.qkv.bias, block.attn.proj, block.attn.num_heads),
+            block.ls1,
+            block.norm2,
+            (block.mlp.fc1, block.mlp.act, block.mlp.fc2),
+            block.ls2,
+        )
+        for block in vit.blocks
+    ]
 
 
 class DINOv2(ImageTower):
@@ -34,7 +41,7 @@ class DINOv2(ImageTower):
 
     def __init__(self, vit: VisionTransformer) -> None:
         width = vit.embed_dim
-        super().__init__(split(vit.blocks, Blocks), (width,) * NUM_STAGES)
+        super().__init__(split(blocks(vit), Blocks), (width,) * NUM_STAGES)
         self.strides = (vit.patch_embed.patch_size[0],) * NUM_STAGES
         self.out_channels = (width,) * NUM_STAGES
         self.num_prefix_tokens = vit.num_prefix_tokens
@@ -56,7 +63,7 @@ class DINOv2(ImageTower):
         return x_BNC + F.pad(delta_BCHW.flatten(2).mT, (0, 0, self.num_prefix_tokens, 0))
 
     def sites(self) -> Iterator[Site]:
-        return block_sites(self, self.widths[0], lambda block: (block.attn.qkv, "weight"))
+        yield from block_sites(self, (self.vit, "norm"))
 
 
 def pair(vit: VisionTransformer, clip: CLIP, image_size: int) -> Backbone:

@@ -43,7 +43,7 @@ COLOURS = {
     "purple": (165, 45, 180),
     "white": (245, 245, 245),
 }
-DIAMETERS = {"small": (0.22, 0.24), "large": (0.36, 0.4)}
+DIAMETERS = {"small": (0.26, 0.28), "large": (0.42, 0.46)}
 """Range of an object's diameter, as a fraction of the square root of the image's area."""
 TEXTURES = ("plain", "striped")
 MIN_VISIBLE = 0.7
@@ -343,7 +343,7 @@ def _statements(objects: Sequence[Object]) -> list[list[Statement]]:
         for side, (right, down) in STEPS.items():
             position = {index: right * objects[index].x + down * objects[index].y for index in fits}
             order = sorted(fits, key=position.__getitem__, reverse=True)
-            clear = [position[a] - position[b] > 0.08 for a, b in itertools.pairwise(order)]
+            clear = [position[a] - position[b] > 0.1 for a, b in itertools.pairwise(order)]
             for rank, index in enumerate(order[: len(RANKS)]):
                 # Of two objects only the first is counted: the other is not called the second, but the last.
                 if all(clear[max(rank - 1, 0) : rank + 1]) and (rank == 0 or len(order) > 2):
@@ -363,19 +363,19 @@ def _claims(objects: Sequence[Object]) -> Iterator[tuple[str, tuple[str, ...], i
             {index for index, score in enumerate(scores) if score < no},
         )
 
-    # The middle of a triangle's box is up to 0.06 above its centre of mass: margins are wider than that.
+    # The middle of a triangle's box is up to 0.08 above its centre of mass: margins are wider than that.
     for place, patterns in PLACES.items():
         if place == "middle":
             scores = [-max(abs(o.x - 0.5), abs(o.y - 0.5)) for o in objects]
-            yield claim("place", patterns, None, scores, -0.14, -0.24)
+            yield claim("place", patterns, None, scores, -0.12, -0.28)
         else:
             steps = [STEPS[side] for side in place.split()]
             scores = [min(right * (o.x - 0.5) + down * (o.y - 0.5) for right, down in steps) for o in objects]
-            yield claim("place", patterns, None, scores, 0.1, -0.07)
+            yield claim("place", patterns, None, scores, 0.12, -0.09)
     for (side, (right, down)), (anchor, a) in itertools.product(STEPS.items(), enumerate(objects)):
         along = [right * (o.x - a.x) + down * (o.y - a.y) for o in objects]
         across = [down * (o.x - a.x) + right * (o.y - a.y) for o in objects]
-        kind, patterns, anchor, yes, no = claim("relation", RELATIONS[side], anchor, along, 0.15, -0.08)
+        kind, patterns, anchor, yes, no = claim("relation", RELATIONS[side], anchor, along, 0.16, -0.1)
         # What lies more above than left is not called left, but nor is it clearly not left.
         yield kind, patterns, anchor, {i for i in yes if abs(across[i]) < along[i]}, no | {anchor}
 

@@ -8,3 +8,5 @@ from ris_bench.methods.base import METHODS, Method
 @METHODS("frozen")
 class Frozen(Method):
     """Nothing is injected: 0 tuned parameters in the backbone."""
+
+    identity_at_start = True

@@ -13,6 +13,8 @@ class Full(Method):
     CRIS trains the backbone at a tenth of the head's learning rate; here there is one rate, the trial's.
     """
 
+    identity_at_start = True
+
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(backbone)
         backbone.open()
