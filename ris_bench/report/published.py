@@ -1,0 +1,139 @@
+"""The tables of the papers, typed, and how a count is compared with a printed one; the facts are in published.yaml."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
+from functools import cache
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from ris_bench.located import Located, read
+
+FILE = Path(__file__).with_name("published.yaml")
+
+Agreement = Literal["both", "rounding", "truncation", "no"]
+
+
+class Cell(NamedTuple):
+    """A value as the paper prints it."""
+
+    text: str
+    """Without the dagger; "-" where the paper has a dash."""
+    uncertain: bool
+    """Whether reading or place could not be confirmed: to be shown with a dagger."""
+
+
+class Score(NamedTuple):
+    """What a column of scores measures here."""
+
+    dataset: str
+    split: str
+    metric: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    title: str
+    authors: str
+    venue: str
+    arxiv: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """What stands for a row here: options that are not named are the defaults."""
+
+    backbone: str
+    method: str
+    options: dict = field(default_factory=dict)
+    """Of the method."""
+    head: dict = field(default_factory=dict)
+    """Options of the head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    name: str
+    cells: Mapping[str, Cell]
+    """By column."""
+    about: Mapping[str, str]
+    """What the paper says of the row beside its numbers: venue, backbone, group."""
+    ours: Ours | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    paper: str
+    """Key of `Published.papers`."""
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    prints: str | None
+    """The metric as the paper names it; None in a table without scores."""
+    computes: str | None
+    """The metric of layout.METRICS that the released code computes for the paper's own rows."""
+
+    def score(self, column: str) -> Score | None:
+        """What a column measures; None where it shows a count or something else."""
+        place, _, metric = column.partition(":")
+        dataset, slash, split = place.partition("/")
+        return Score(dataset, split, metric or self.computes or "") if slash else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    papers: Mapping[str, Paper]
+    tables: Mapping[str, Table]
+
+
+@cache
+def load() -> Published:
+    """All published tables. Raises UserError with file and line where the file is not what its head says."""
+    top = read(FILE.read_text(encoding="utf-8"), lambda line: f"{FILE}:{line}")
+    sections = top.keys("the file", ("papers", "tables"), ("papers", "tables"))
+    papers = {key: item.record(Paper, key) for key, item in sections["papers"].mapping("papers").items()}
+    tables = {key: _table(key, item) for key, item in sections["tables"].mapping("tables").items()}
+    return Published(papers=papers, tables=tables)
+
+
+def _table(name: str, item: Located) -> Table:
+    required = ("paper", "caption", "columns", "rows")
+    items = item.keys(name, (*required, "prints", "computes", "notes"), required)
+    columns = items["columns"].typed(tuple[str, ...], "columns")
+    return Table(
+        columns=columns,
+        rows=tuple(_row(key, row, columns) for key, row in items["rows"].mapping("rows").items()),
+        notes=items["notes"].typed(tuple[str, ...], "notes") if "notes" in items else (),
+        **{key: items[key].typed(str, key) for key in ("paper", "caption")},
+        **{key: items[key].typed(str, key) if key in items else None for key in ("prints", "computes")},
+    )
+
+
+def _row(name: str, item: Located, columns: tuple[str, ...]) -> Row:
+    items = item.keys(name, ("values", "about", "ours"), ("values",))
+    values = items["values"].typed(str, "values").split()
+    if len(values) != len(columns):
+        raise items["values"].error(f"{name} has {len(values)} values for {len(columns)} columns; write - for a dash")
+    return Row(
+        name=name,
+        cells={
+            column: Cell(value.rstrip("†"), value.endswith("†")) for column, value in zip(columns, values, strict=True)
+        },
+        about=items["about"].plain() if "about" in items else {},
+        ours=items["ours"].record(Ours, "ours") if "ours" in items else None,
+    )
+
+
+def agreement(count: int, printed: str) -> Agreement:
+    """Whether a count printed like `printed` ("120.74M", "4.10K") is that: rounded (half up), truncated, or either."""
+    number, decimals, unit = re.fullmatch(r"(\d+\.(\d+))([KM])", printed).groups()
+    exact = Decimal(count) / {"K": 10**3, "M": 10**6}[unit]
+    last = Decimal(1).scaleb(-len(decimals))
+    rounded, truncated = (exact.quantize(last, mode) == Decimal(number) for mode in (ROUND_HALF_UP, ROUND_DOWN))
+    if rounded and truncated:
+        return "both"
+    return "rounding" if rounded else "truncation" if truncated else "no"
