@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="ris-bench", description="Parameter-efficient tuning for referring segmentation."
     )
-    _add_run(parser.add_subparsers(required=True, metavar="VERB"))
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add_run(verbs)
+    _add_params(verbs)
     args = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
@@ -107,6 +109,24 @@ def _add_run(verbs: Any) -> None:
     )
 
 
+def _add_params(verbs: Any) -> None:
+    params = verbs.add_parser(
+        "params",
+        help="count tunable parameters, as the papers count them and as they move",
+        description="Counts what every pair of backbone and method tunes, beside the figure that a paper prints: of an "
+        "experiment, or of all pairs that are possible on the full-size backbones. Needs no data and no weights.",
+    )
+    params.set_defaults(call=lambda args: _params(args, params))
+    params.add_argument("experiment", type=Path, nargs="?", metavar="EXPERIMENT.yaml")
+    params.add_argument("--backbone", metavar="NAME", help="only this backbone")
+    params.add_argument(
+        "--method",
+        metavar="NAME",
+        help="only this method; its options are those of the published row it stands for, else its defaults",
+    )
+    params.add_argument("--json", action="store_true", help="a JSON list on stdout, and nothing else")
+
+
 def _count(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -160,6 +180,22 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         log = args.results / "trials" / result.trial.id / "log.txt"
         print(f"failed: {result.trial.id}: {result.error}; see {log}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _params(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if args.experiment and (args.backbone or args.method):
+        parser.error("an experiment names its own backbones and methods: not with --backbone or --method")
+
+    from ris_bench import params  # only now: it imports torch
+
+    if args.experiment:
+        counted, refused = params.of_experiment(args.experiment), {}
+    else:
+        counted, refused = params.of_registry(args.backbone, args.method)
+    print(
+        json.dumps([counts.to_dict() for counts in counted], indent=1) if args.json else params.text(counted, refused)
+    )
+    return 0
 
 
 def _print_trials(trials: list[Trial], waiting: int, chosen: Sequence[str], *, as_json: bool) -> None:

@@ -17,7 +17,7 @@ FLOORS = [
     ("model",),
     ("training", "evaluation", "pretrain"),
     ("trial", "layout", "experiment"),
-    ("report", "progress", "sweep"),
+    ("report", "progress", "sweep", "params"),
     ("cli",),
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -1,0 +1,162 @@
+"""`ris-bench params`: the papers' columns to the integer, what really moves, and how far the two agree."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ris_bench import cli, params
+from ris_bench.backbones.base import BACKBONES
+from ris_bench.head import HEADS
+from ris_bench.methods.base import METHODS
+from ris_bench.report import published
+
+TABLES = published.load().tables
+
+
+def pair(backbone: str, method: str, options: dict | None = None, **of_backbone) -> params.Pair:
+    chosen = METHODS.resolve(method, options or {}), HEADS.resolve("etris", {})
+    return params.Pair(BACKBONES.resolve(backbone, of_backbone), *chosen)
+
+
+@pytest.mark.parametrize(
+    "backbone, method, expected",
+    [
+        # ETRIS counts CLIP whole, with logit_scale, the branch `connect` and all positions at 224 pixels.
+        ("clip-r50", "full", (104_106_337, 0, 26_210_305)),
+        ("clip-r101", "full", (120_737_633, 0, 23_981_569)),
+        ("clip-vit-b16", "full", (149_620_737, 0, 22_408_705)),
+        # DETRIS: 86,583,552 or 304,372,736 of DINOv2, and CLIP's text tower without its positions.
+        ("dinov2-b", "full", (86_583_552 + 63_428_097 - 39_424, 0, 22_539_777)),
+        ("dinov2-b", "frozen", (0, 0, 22_539_777)),
+    ],
+)
+def test_columns_as_the_papers_count(backbone, method, expected):
+    assert tuple(params.count_pair(pair(backbone, method)).paper.values()) == expected
+
+
+def test_what_moves_is_all_of_it():
+    counts = params.count_pair(pair("clip-r101", "full"))
+    assert counts.parameters == 120_737_632 + 24_244_225
+    assert counts.statistics == 7_680  # of the head
+    moving = params.count_pair(pair("clip-r101", "full", norm_stats="batch"))
+    assert moving.parameters == counts.parameters
+    assert moving.statistics == 7_680 + 106_496  # 107 norms of the image tower, `connect` among them
+    assert moving.paper == counts.paper
+    at_416 = params.count_pair(pair("clip-vit-b16", "full"))
+    assert at_416.parameters == 149_989_377 - 1 + 22_671_361
+
+
+UNREACHABLE = {("ETRIS-R50", "head"), ("ETRIS-ViT-B", "head")}
+"""The paper prints the head of R101 for every backbone."""
+
+
+@pytest.mark.parametrize(
+    "name, row",
+    [
+        pytest.param(name, row, id=f"{name}-{row.name}")
+        for name, table in TABLES.items()
+        for row in table.rows
+        if row.ours and "params.backbone" in table.columns
+    ],
+)
+def test_every_published_count_is_reached(name, row):
+    ours = row.ours
+    choices = METHODS.resolve(ours.method, ours.options), HEADS.resolve("etris", ours.head)
+    counts = params.count_pair(params.Pair(BACKBONES.resolve(ours.backbone, {}), *choices))
+    for column, count in counts.paper.items():
+        if cell := row.cells.get(f"params.{column}"):
+            reached = published.agreement(count, cell.text) != "no"
+            assert reached == ((row.name, column) not in UNREACHABLE)
+
+
+def test_a_pair_is_compared_with_the_row_that_it_stands_for():
+    found = params.count_pair(pair("clip-r101", "bridger", {"stages": [1]}))
+    assert (found.published.row, found.agrees) == ("n/2->n, 1", {"backbone": "truncation"})
+    # Released for R50, with another width than the paper's count needs.
+    found = params.count_pair(pair("clip-r50", "bridger"))
+    assert (found.paper["backbone"], found.published.row) == (1_942_080, "ETRIS-R50")
+    assert found.agrees == {"backbone": "no", "head": "no"}
+    assert params.count_pair(pair("clip-r50", "lora")).published is None
+
+
+def test_another_head_than_the_paper_s_is_not_compared():
+    other = pair("clip-r101", "bridger")._replace(head=HEADS.resolve("etris", {"layers": 1}))
+    assert params.count_pair(other).published is None
+
+
+def test_a_backbone_that_no_paper_has_is_counted_as_it_is():
+    counts = params.count_pair(pair("tiny-dino", "full"))
+    assert counts.differences == {}
+    assert sum(counts.paper.values()) == counts.parameters
+
+
+@pytest.fixture(scope="module")
+def everything():
+    return params.of_registry(None, None)
+
+
+def test_all_pairs_are_counted_or_refused_with_a_reason(everything):
+    counted, refused = everything
+    full_size = {name for name in BACKBONES if not name.startswith("tiny-")}
+    found = [(counts.pair.backbone.name, counts.pair.method.name) for counts in counted]
+    assert len(set(found)) == len(found)
+    assert {backbone for backbone, _ in found} == full_size
+    assert len(found) + len(refused) == len(full_size) * len(list(METHODS))
+    assert all(refused.values())
+
+
+def test_the_differences_explain_the_columns_whole(everything):
+    for counts in everything[0]:
+        assert sum(counts.paper.values()) - sum(counts.differences.values()) == counts.parameters
+
+
+def test_text_names_sources_marks_and_differences(everything):
+    text = params.text(*everything)
+    assert "120.74M R, 0.00K RT, 23.98M RT [" in text
+    assert "1.68M R, 23.98M ≠ [" in text
+    assert "23.98M† ≠" in text
+    assert "ETRIS (ICCV 2023), 'Comparison of parameters with existing methods'" in text
+    for rules in params.CONVENTIONS.values():
+        for rule in rules:
+            assert f"  {rule.name} (" in text
+
+
+def test_json_is_a_list_of_objects_with_integers(capsys):
+    assert cli.main(["params", "--backbone", "clip-r101", "--method", "full", "--json"]) == 0
+    [counts] = json.loads(capsys.readouterr().out)
+    assert set(counts) == {"backbone", "method", "options", "paper", "published", "agrees", "moves"}
+    assert (counts["backbone"], counts["method"]) == ("clip-r101", "full")
+    assert counts["paper"] == {"backbone": 120_737_633, "prompt": 0, "head": 23_981_569}
+    assert counts["moves"] == {"parameters": 144_981_857, "statistics": 7_680}
+    assert counts["published"] == {
+        "paper": "ETRIS",
+        "table": "Comparison with previous PET methods using ResNet101 as backbone",
+        "row": "Full Tuning",
+        "backbone": "120.74M",
+        "prompt": "0.00K",
+        "head": "23.98M",
+        "uncertain": [],
+    }
+    assert counts["agrees"] == {"backbone": "rounding", "prompt": "both", "head": "both"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--backbone", "clip-r101", "--method", "unheard"], "there is no method 'unheard'"),
+        (["--backbone", "unheard"], "there is no backbone 'unheard'"),
+        (["nowhere.yaml"], "nowhere.yaml cannot be read"),
+    ],
+)
+def test_bad_input_exits_2_with_one_line(capsys, arguments, message):
+    assert cli.main(["params", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_an_experiment_names_its_own_pairs():
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["params", "experiment.yaml", "--method", "lora"])
+    assert caught.value.code == 2
