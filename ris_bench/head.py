@@ -30,10 +30,15 @@ def upsampling_conv(in_channels: int, out_channels: int, stride: int) -> nn.Sequ
 
 
 class HierarchicalAlignment(nn.Module):
-    """Maps of all stages -> one map (B, width, H, W) on the middle stage's grid, each multiplied by the sentence."""
+    """Maps of all stages -> one map (B, width, H, W) on the middle stage's grid, each multiplied by the sentence.
 
-    def __init__(self, backbone: Backbone, width: int, heads: int) -> None:
+    If not `aligned`, the sentence has no part in it. `residual` adds what enters the convolutions with coordinates to
+    what leaves them.
+    """
+
+    def __init__(self, backbone: Backbone, width: int, heads: int, aligned: bool, residual: bool) -> None:
         super().__init__()
+        self.residual = residual
         strides, channels = backbone.image.strides, backbone.image.out_channels
         self.to_grid = nn.ModuleList(
             [
@@ -42,21 +47,24 @@ class HierarchicalAlignment(nn.Module):
                 upsampling_conv(channels[2], width, strides[2] // strides[1]),
             ]
         )
-        self.sentence = nn.Linear(backbone.sentence_width, width)
-        self.attention = nn.ModuleList(nn.MultiheadAttention(width, heads, batch_first=True) for _ in range(3))
+        self.attention = None
+        if aligned:
+            self.sentence = nn.Linear(backbone.sentence_width, width)
+            self.attention = nn.ModuleList(nn.MultiheadAttention(width, heads, batch_first=True) for _ in range(3))
         self.aggregate = conv(3 * width, width)
         self.coordinates = nn.Sequential(conv(width + 2, width, 3, padding=1), conv(width, width, 3, padding=1))
 
     def forward(self, maps_BCHW: tuple[Tensor, ...], sentence_BE: Tensor) -> Tensor:
-        key_B1C = self.sentence(sentence_BE)[:, None]
-        aligned = []
-        for to_grid, attention, map_BCHW in zip(self.to_grid, self.attention, maps_BCHW, strict=True):
-            grid_BCHW = to_grid(map_BCHW)
-            cells_BNC = grid_BCHW.flatten(2).mT
-            cells_BNC = cells_BNC * attention(cells_BNC, key_B1C, key_B1C, need_weights=False)[0]
-            aligned.append(cells_BNC.mT.unflatten(2, grid_BCHW.shape[-2:]))
-        x_BCHW = self.aggregate(torch.cat(aligned, dim=1))
-        return self.coordinates(torch.cat([x_BCHW, coordinates_like(x_BCHW)], dim=1))
+        grids = [to_grid(map_BCHW) for to_grid, map_BCHW in zip(self.to_grid, maps_BCHW, strict=True)]
+        if self.attention is not None:
+            key_B1C = self.sentence(sentence_BE)[:, None]
+            for i, attention in enumerate(self.attention):
+                cells_BNC = grids[i].flatten(2).mT
+                cells_BNC = cells_BNC * attention(cells_BNC, key_B1C, key_B1C, need_weights=False)[0]
+                grids[i] = cells_BNC.mT.unflatten(2, grids[i].shape[-2:])
+        x_BCHW = self.aggregate(torch.cat(grids, dim=1))
+        out_BCHW = self.coordinates(torch.cat([x_BCHW, coordinates_like(x_BCHW)], dim=1))
+        return out_BCHW + x_BCHW if self.residual else out_BCHW
 
 
 def coordinates_like(x_BCHW: Tensor) -> Tensor:
@@ -157,8 +165,12 @@ class Projector(nn.Module):
 class ETRISHead(nn.Module):
     """Features -> logits (B, 1, h, w) at a quarter of the input for a grid of stride 16.
 
-    Defaults are those of config/refcoco/bridge_r101.yaml: 24,244,225 parameters on CLIP R101.
+    Defaults are those of config/refcoco/bridge_r101.yaml: 24,244,225 parameters on CLIP R101. With `layers: 0` there is
+    no global alignment: the projector receives the map that the hierarchical alignment makes.
     """
+
+    aligned, residual = True, False
+    """Of `HierarchicalAlignment`."""
 
     def __init__(
         self,
@@ -172,12 +184,34 @@ class ETRISHead(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads or width % 4:
-            raise UserError(f"head 'etris' has width {width}: it must be a multiple of 4 and of its {heads} heads")
-        self.hierarchical_alignment = HierarchicalAlignment(backbone, width, heads)
-        self.global_alignment = GlobalAlignment(width, backbone.word_width, layers, heads, ffn, dropout)
+            raise UserError(f"the head has width {width}: it must be a multiple of 4 and of its {heads} heads")
+        if layers < 0:
+            raise UserError(f"the head has {layers} layers: give 0, for no global alignment, or more")
+        self.hierarchical_alignment = HierarchicalAlignment(backbone, width, heads, self.aligned, self.residual)
+        self.global_alignment = None
+        if layers:
+            self.global_alignment = GlobalAlignment(width, backbone.word_width, layers, heads, ffn, dropout)
         self.projector = Projector(width, backbone.sentence_width)
 
     def forward(self, features: Features) -> Tensor:
         x_BCHW = self.hierarchical_alignment(features.maps_BCHW, features.sentence_BE)
-        x_BCHW = self.global_alignment(x_BCHW, features.words_BLE, features.pad_BL)
+        if self.global_alignment is not None:
+            x_BCHW = self.global_alignment(x_BCHW, features.words_BLE, features.pad_BL)
         return self.projector(x_BCHW, features.sentence_BE)
+
+
+@HEADS("etris-without-ha")
+class HeadWithoutHA(ETRISHead):
+    """The same without hierarchical alignment, for the paper's ablation of its modules: the maps are fused as they are.
+
+    The paper does not say what stands in its place; here the same convolutions do, and the sentence has no part in it.
+    """
+
+    aligned = False
+
+
+@HEADS("detris")
+class DETRISHead(ETRISHead):
+    """The same with one more residual connection and no more parameters (DETRIS model/layers.py:112-115)."""
+
+    residual = True

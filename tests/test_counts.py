@@ -10,6 +10,13 @@ from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS
 from ris_bench.model import RISModel
 
+MIXED = {
+    "image_layers": tuple(range(1, 24)),
+    "image_width": 384,
+    "text_layers": tuple(range(1, 12)),
+    "text_width": 384,
+}
+
 
 def built(backbone: str, method: str, options: dict | None = None) -> RISModel:
     with torch.device("meta"):
@@ -32,6 +39,13 @@ def built(backbone: str, method: str, options: dict | None = None) -> RISModel:
         ("clip-vit-b16", "bridger", {}, 598_592),
         # DETRIS table "Comparison with other PET methods using DINOv2": 1.38M.
         ("dinov2-b", "bridger", {"width": 128}, 1_387_648),
+        # The same table: 2.71M, with half the adapters 1.36M, and its two modules; DETRIS-L; DETRIS-L on mixed data.
+        ("dinov2-b", "detris", {}, 2_715_696),
+        ("dinov2-b", "detris", {"image_layers": (1, 5, 9), "text_layers": (1, 5, 9)}, 1_357_848),
+        ("dinov2-b", "detris", {"text_layers": ()}, 6 * 382_896),
+        ("dinov2-b", "detris", {"image_layers": ()}, 6 * 69_720),
+        ("dinov2-l", "detris", {}, 3_110_448),
+        ("dinov2-l", "detris", MIXED, 33_331_360),
         # ETRIS table "Effect of Bridger's number and position".
         ("clip-r101", "bridger", {"stages": (0,)}, 428_736),
         ("clip-r101", "bridger", {"stages": (1,)}, 297_664),
@@ -59,3 +73,17 @@ def test_head(backbone, expected, without_sentence):
     assert model.count().tunable_head == expected
     sentence = sum(p.numel() for p in model.head.hierarchical_alignment.sentence.parameters())
     assert expected - sentence == without_sentence
+
+
+@pytest.mark.parametrize(
+    "head, options, without",
+    [
+        ("detris", {}, 0),
+        ("etris", {"layers": 0}, 7_899_136),  # global alignment
+        ("etris-without-ha", {}, 262_656 + 3 * 1_050_624),  # the sentence's layer, and its attentions with the maps
+    ],
+)
+def test_head_without_a_module(head, options, without):
+    with torch.device("meta"):
+        module = HEADS[head](BACKBONES["clip-r101"](None), **options)
+    assert sum(p.numel() for p in module.parameters()) == 24_244_225 - without

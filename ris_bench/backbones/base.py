@@ -48,8 +48,9 @@ class Site:
     kind: str
     """What stands at the place.
 
-    "attention" and "ffn": the branches of a transformer block, which are added to its input. "q", "k", "v", "out": the
-    projections of an attention. "fc1", "fc2": the layers of an MLP. "norm": a LayerNorm.
+    "attention" and "ffn": the branches of a transformer block, which are added to its input. "shortcut": what the ffn's
+    is added to. "q", "k", "v", "out": the projections of an attention. "fc1", "fc2": the layers of an MLP. "norm": a
+    LayerNorm.
     "conv": the 3x3 convolution of a bottleneck with its norm and activation; "kernel": that convolution alone.
     "bottleneck": the branch of a bottleneck, which is added to its shortcut. "pool": the attention pool.
     "prompt": the words of a sentence, a `TextState`, before their positions are added. "stage": all of a stage.
@@ -201,30 +202,40 @@ class Backbone(nn.Module):
             raise UserError(f"this backbone has no {kind!r} site in its {' or '.join(towers)} tower")
         return found
 
-    def forward(self, image_B3HW: Tensor, tokens_BL: Tensor, between: Between | None = None) -> Features:
-        """Run both towers; `between(i, x, y)` may change their states after stage i: it is how they can meet."""
-        x, y = self.image.stem(image_B3HW), self.text.stem(tokens_BL)
-        maps = []
-        for i, (image_stage, text_stage) in enumerate(zip(self.image.stages, self.text.stages, strict=True)):
-            x, y = image_stage(x), text_stage(y)
-            if between is not None:
-                x, y = between(i, x, y)
+    def forward(self, image_B3HW: Tensor, tokens_BL: Tensor) -> Features:
+        """Run both towers apart."""
+        return Features(self.encode_image(image_B3HW), *self.encode_text(tokens_BL))
+
+    def encode_image(self, image_B3HW: Tensor) -> tuple[Tensor, ...]:
+        """The maps of `Features`."""
+        x, maps = self.image.stem(image_B3HW), []
+        for stage in self.image.stages:
+            x = stage(x)
             maps.append(self.image.to_map(x))
-        maps[-1] = self.image.head(x)
-        words_BLE, sentence_BE = self.text.head(y)
-        return Features(tuple(maps), words_BLE, sentence_BE, y.pad_BL)
+        return (*maps[:-1], self.image.head(x))
+
+    def encode_text(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Words, sentence and padding of `Features`."""
+        y = self.text.stem(tokens_BL)
+        for stage in self.text.stages:
+            y = stage(y)
+        return (*self.text.head(y), y.pad_BL)
 
 
-Between = Callable[[int, Tensor, TextState], tuple[Tensor, TextState]]
+def resize_positions(positions_NC: Tensor, height: int, width: int, offset: float = 0.0) -> Tensor:
+    """A square grid of position embeddings (N, C) resized to height x width, bicubic: (height * width, C).
 
-
-def resize_positions(positions_NC: Tensor, height: int, width: int) -> Tensor:
-    """A square grid of position embeddings (N, C) resized to height x width, bicubic: (height * width, C)."""
+    `offset` is added to both where the scale between the two grids is computed, as DINOv2's own code does
+    (facebookresearch/dinov2 dinov2/models/vision_transformer.py, `interpolate_offset`).
+    """
     side = round(len(positions_NC) ** 0.5)
     if (height, width) == (side, side):
         return positions_NC
     grid = positions_NC.T.unflatten(1, (side, side))[None]
-    resized = nn.functional.interpolate(grid, (height, width), mode="bicubic", align_corners=False)
+    # Without an offset the size itself is given: computed from a scale, it could be one cell short.
+    scale = ((height + offset) / side, (width + offset) / side) if offset else None
+    size = None if offset else (height, width)
+    resized = nn.functional.interpolate(grid, size, scale, mode="bicubic", align_corners=False)
     return resized[0].flatten(1).T
 
 

@@ -31,8 +31,8 @@ from ris_bench.backbones.transformer import (
     NUM_STAGES,
     Attention,
     Block,
-    Blocks,
     CausalBlocks,
+    TokenTower,
     block_sites,
     layer_site,
     split,
@@ -171,16 +171,12 @@ class CLIPResNet(ImageTower):
         yield from self.stage_sites()
 
 
-class CLIPViT(ImageTower):
+class CLIPViT(TokenTower):
     """Image -> maps at the patch's stride: tokens after each third of the blocks, the last normalised and projected."""
 
-    convolutional = False
-
     def __init__(self, visual: nn.Module) -> None:
-        width = visual.conv1.out_channels
-        super().__init__(split(blocks(visual.transformer), Blocks), (width,) * NUM_STAGES)
-        self.strides = (visual.patch_size[0],) * NUM_STAGES
-        self.out_channels = (width, width, visual.output_dim)
+        super().__init__(blocks(visual.transformer), visual.patch_size[0], num_prefix_tokens=1)
+        self.out_channels = (*self.widths[:-1], visual.output_dim)
         self.conv1, self.ln_pre, self.ln_post = visual.conv1, visual.ln_pre, visual.ln_post
         self.class_embedding, self.positional_embedding = visual.class_embedding, visual.positional_embedding
         self.proj = visual.proj
@@ -193,13 +189,6 @@ class CLIPViT(ImageTower):
 
     def head(self, x_BNC: Tensor) -> Tensor:
         return self.to_map(self.ln_post(x_BNC) @ self.proj)
-
-    def to_map(self, x_BNC: Tensor) -> Tensor:
-        side = round((x_BNC.shape[1] - 1) ** 0.5)
-        return x_BNC[:, 1:].mT.unflatten(2, (side, side))
-
-    def add_map(self, x_BNC: Tensor, delta_BCHW: Tensor) -> Tensor:
-        return x_BNC + F.pad(delta_BCHW.flatten(2).mT, (0, 0, 1, 0))
 
     def sites(self) -> Iterator[Site]:
         yield from block_sites(self, (self, "ln_post"))
@@ -217,8 +206,8 @@ def load_clip(clip: CLIP, state: Mapping[str, Tensor], file: str) -> None:
     """Fill the model with weights at any size of the position grid."""
     state = dict(state)
     if isinstance(clip.visual, VisionTransformer):
-        # A ResNet's attention pool resizes its positions in every forward pass instead.
-        resize_pos_embed(state, clip)
+        # As ETRIS model/clip.py:514; a ResNet's attention pool resizes its positions in every forward pass instead.
+        resize_pos_embed(state, clip, antialias=False)
     fit(clip, state, file=file)
 
 

@@ -5,18 +5,19 @@ The image tower never saw language: this is the pair that DETRIS (AAAI 2025) cal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import timm
+import torch
 from open_clip.model import CLIP
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ris_bench.backbones.base import BACKBONES, Backbone, ImageTower, Site
+from ris_bench.backbones.base import BACKBONES, Backbone, Site, resize_positions
 from ris_bench.backbones.clip import CLIPText, check_patches, load_clip, openai_clip
-from ris_bench.backbones.transformer import NUM_STAGES, Attention, Block, Blocks, block_sites, split
+from ris_bench.backbones.transformer import Attention, Block, TokenTower, block_sites
 from ris_bench.backbones.weights import Weights, fit
+from ris_bench.errors import UserError
 
 
 def blocks(vit: VisionTransformer) -> list[Block]:
@@ -34,43 +35,41 @@ def blocks(vit: VisionTransformer) -> list[Block]:
     ]
 
 
-class DINOv2(ImageTower):
-    """Image (B, 3, H, W) -> maps at the patch's stride: tokens after each third of the blocks, the last normalised."""
+class DINOv2(TokenTower):
+    """Image (B, 3, H, W) -> maps at the patch's stride: tokens after each stage, the last normalised.
 
-    convolutional = False
+    All but the last stage end after so many blocks as `ends` says (default: equal). Positions are resized as DETRIS
+    does (model/dinov2/models/vision_transformer.py:186-218): with an offset of 0.1 cells and without antialiasing.
+    Meta's own models with registers, and timm, have it the other way round.
+    """
 
-    def __init__(self, vit: VisionTransformer) -> None:
-        width = vit.embed_dim
-        super().__init__(split(blocks(vit), Blocks), (width,) * NUM_STAGES)
-        self.strides = (vit.patch_embed.patch_size[0],) * NUM_STAGES
-        self.out_channels = (width,) * NUM_STAGES
-        self.num_prefix_tokens = vit.num_prefix_tokens
-        # The library lays out class, register and position tokens; its blocks live in the stages.
+    def __init__(self, vit: VisionTransformer, ends: Sequence[int] = ()) -> None:
+        super().__init__(blocks(vit), vit.patch_embed.patch_size[0], vit.num_prefix_tokens, ends)
+        self.out_channels = self.widths
+        # The blocks live in the stages.
         vit.blocks = nn.Sequential()
         self.vit = vit
 
     def stem(self, image_B3HW: Tensor) -> Tensor:
-        return self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(image_B3HW)))
+        vit = self.vit
+        patches_BHWC = vit.patch_embed(image_B3HW)
+        positions_NC = resize_positions(vit.pos_embed[0], *patches_BHWC.shape[1:3], offset=0.1)
+        prefix_1PC = torch.cat([vit.cls_token, vit.reg_token], dim=1)
+        patches_BNC = patches_BHWC.flatten(1, 2) + positions_NC
+        return torch.cat([prefix_1PC.expand(len(image_B3HW), -1, -1), patches_BNC], dim=1)
 
     def head(self, x_BNC: Tensor) -> Tensor:
         return self.to_map(self.vit.norm(x_BNC))
-
-    def to_map(self, x_BNC: Tensor) -> Tensor:
-        side = round((x_BNC.shape[1] - self.num_prefix_tokens) ** 0.5)
-        return x_BNC[:, self.num_prefix_tokens :].mT.unflatten(2, (side, side))
-
-    def add_map(self, x_BNC: Tensor, delta_BCHW: Tensor) -> Tensor:
-        return x_BNC + F.pad(delta_BCHW.flatten(2).mT, (0, 0, self.num_prefix_tokens, 0))
 
     def sites(self) -> Iterator[Site]:
         yield from block_sites(self, (self.vit, "norm"))
 
 
-def pair(vit: VisionTransformer, clip: CLIP, image_size: int) -> Backbone:
+def pair(vit: VisionTransformer, clip: CLIP, image_size: int, stage_ends: Sequence[int] = ()) -> Backbone:
     """The image tower of one model beside the text tower of another."""
     check_patches(image_size, vit.patch_embed.patch_size[0])
     return Backbone(
-        DINOv2(vit),
+        DINOv2(vit, stage_ends),
         CLIPText(clip),
         image_size=image_size,
         vocab_size=clip.vocab_size,
@@ -78,22 +77,32 @@ def pair(vit: VisionTransformer, clip: CLIP, image_size: int) -> Backbone:
     )
 
 
-def dinov2(name: str, kind: str, weights: Weights | None, image_size: int) -> Backbone:
+def dinov2(name: str, kind: str, weights: Weights | None, image_size: int, stage_ends: tuple[int, int]) -> Backbone:
     # Built at its native 518 pixels, so that the position grid is the pretrained one and is resized to each input.
     vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True)
+    depth = len(vit.blocks)
+    if not 0 < stage_ends[0] < stage_ends[1] < depth:
+        raise UserError(
+            f"backbone {kind!r} has stage_ends {list(stage_ends)}: give two numbers of its {depth} blocks in order, "
+            f"as [{depth // 3}, {2 * depth // 3}] for thirds"
+        )
     clip = openai_clip("ViT-B-16")
     if weights is not None:
         state, file = weights.load(kind)
         fit(vit, state, file=file)
         load_clip(clip, *weights.load("clip-vit-b16"))
-    return pair(vit, clip, image_size)
+    return pair(vit, clip, image_size, stage_ends)
+
+
+# The first two stages end where DETRIS takes its features, after blocks 4 and 8 (8 and 16) as its configurations count,
+# from 0 (`output_dinov2`; model/fusion.py:91-94). ETRIS cuts a transformer into thirds: [4, 8] and [8, 16] here.
 
 
 @BACKBONES("dinov2-b")
-def dinov2_b(weights: Weights | None, *, image_size: int = 448) -> Backbone:
-    return dinov2("vit_base_patch14_reg4_dinov2", "dinov2-b", weights, image_size)
+def dinov2_b(weights: Weights | None, *, image_size: int = 448, stage_ends: tuple[int, int] = (5, 9)) -> Backbone:
+    return dinov2("vit_base_patch14_reg4_dinov2", "dinov2-b", weights, image_size, stage_ends)
 
 
 @BACKBONES("dinov2-l")
-def dinov2_l(weights: Weights | None, *, image_size: int = 448) -> Backbone:
-    return dinov2("vit_large_patch14_reg4_dinov2", "dinov2-l", weights, image_size)
+def dinov2_l(weights: Weights | None, *, image_size: int = 448, stage_ends: tuple[int, int] = (9, 17)) -> Backbone:
+    return dinov2("vit_large_patch14_reg4_dinov2", "dinov2-l", weights, image_size, stage_ends)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ris_bench.backbones.base import Site, TextState, Tower
+from ris_bench.backbones.base import ImageTower, Site, TextState, Tower
 
 NUM_STAGES = 3
 """Image and text towers are cut into as many stages, so that a method can pair them."""
@@ -65,10 +65,11 @@ class Block(nn.Module):
         super().__init__()
         self.norm1, self.attention, self.scale1 = norm1, attention, scale1
         self.norm2, self.ffn, self.scale2 = norm2, nn.Sequential(*ffn), scale2
+        self.shortcut = nn.Identity()
 
     def forward(self, x_BNC: Tensor, mask_NN: Tensor | None = None) -> Tensor:
         x_BNC = x_BNC + self.scale1(self.attention(self.norm1(x_BNC), mask_NN))
-        return x_BNC + self.scale2(self.ffn(self.norm2(x_BNC)))
+        return self.shortcut(x_BNC) + self.scale2(self.ffn(self.norm2(x_BNC)))
 
 
 class Blocks(nn.Module):
@@ -105,6 +106,25 @@ def split(blocks: list[Block], stage: type[Blocks], ends: Sequence[int] = ()) ->
     return [stage(blocks[start:end]) for start, end in pairwise(ends)]
 
 
+class TokenTower(ImageTower):
+    """An image tower of transformer blocks on tokens (B, N, C), of which the first ones stand for no place."""
+
+    convolutional = False
+
+    def __init__(self, blocks: list[Block], patch: int, num_prefix_tokens: int, ends: Sequence[int] = ()) -> None:
+        stages = split(blocks, Blocks, ends)
+        super().__init__(stages, (blocks[0].attention.out.out_features,) * NUM_STAGES)
+        self.strides = (patch,) * NUM_STAGES
+        self.num_prefix_tokens = num_prefix_tokens
+
+    def to_map(self, x_BNC: Tensor) -> Tensor:
+        side = round((x_BNC.shape[1] - self.num_prefix_tokens) ** 0.5)
+        return x_BNC[:, self.num_prefix_tokens :].mT.unflatten(2, (side, side))
+
+    def add_map(self, x_BNC: Tensor, delta_BCHW: Tensor) -> Tensor:
+        return x_BNC + F.pad(delta_BCHW.flatten(2).mT, (0, 0, self.num_prefix_tokens, 0))
+
+
 def block_sites(tower: Tower, final_norm: tuple[nn.Module, str]) -> Iterator[Site]:
     """The sites of a tower made of `Blocks` with a last LayerNorm, given by its parent and its name there."""
     depth = 0
@@ -121,6 +141,7 @@ def block_sites(tower: Tower, final_norm: tuple[nn.Module, str]) -> Iterator[Sit
             yield layer_site("fc1", block.ffn, "0", **at)
             yield layer_site("fc2", block.ffn, "2", **at)
             yield Site(kind="ffn", parent=block, attr="ffn", width=width, **at)
+            yield Site(kind="shortcut", parent=block, attr="shortcut", width=width, **at)
             depth += 1
     parent, attr = final_norm
     step = len(tower.stages) + 1

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ris_bench.backbones.base import Backbone, Features, TextState
+from ris_bench.backbones.base import Backbone, Features
 from ris_bench.errors import UserError
 from ris_bench.methods.base import METHODS, Method
 
@@ -48,18 +48,16 @@ class MultiplicativeInteractor(nn.Module):
 class Bridge(nn.Module):
     """One exchange: a map (B, C, H, W) and words (B, L, E) -> what is added to each, and what the next Bridge receives.
 
-    `stride` is the stage's stride over that of the common grid: 1/2 halves the map, 2 doubles it.
+    The common grid has `step` times fewer cells a side than the map, or `step` times more if the map is `coarse`.
     """
 
     def __init__(
-        self, channels: int, word_width: int, width: int, heads: int, stride: float, full: bool, follows: bool
+        self, channels: int, word_width: int, width: int, heads: int, step: int, coarse: bool, full: bool, follows: bool
     ) -> None:
         super().__init__()
-        step = round(max(stride, 1 / stride))
-        fine = nn.ConvTranspose2d if stride > 1 else nn.Conv2d
-        coarse = nn.Conv2d if stride > 1 else nn.ConvTranspose2d
-        self.zoom_in = nn.Sequential(fine(channels, width, step, step, bias=False))
-        self.zoom_out = nn.Sequential(coarse(width, channels, step, step, bias=False))
+        zoom_in, zoom_out = (nn.ConvTranspose2d, nn.Conv2d) if coarse else (nn.Conv2d, nn.ConvTranspose2d)
+        self.zoom_in = nn.Sequential(zoom_in(channels, width, step, step, bias=False))
+        self.zoom_out = nn.Sequential(zoom_out(width, channels, step, step, bias=False))
         if not full:
             # The released ViT Bridger normalises and rectifies both ways, the ResNet's neither (model/bridger.py).
             self.zoom_in.extend([nn.BatchNorm2d(width), nn.ReLU()])
@@ -91,11 +89,11 @@ class Bridge(nn.Module):
 class Bridger(Method):
     """Bridges after the chosen stages, both towers in step.
 
-    Defaults are the released configuration for ResNets (config/refcoco/bridge_r101.yaml; 1,942,080 parameters); the
-    paper's counts need width 56 for R50 and 128 for ViT-B/16. `interactor: released` means full attention for
-    convolutional towers and the multiplicative one for ViTs, as the released code has it. Initialisation as in
-    model/bridger.py:64-72; a Bridge is not the identity at the start. A map must divide into the common grid, that of
-    the middle stage: image sizes that are odd multiples of the coarsest stride do.
+    Defaults are the released configuration for ResNets (config/refcoco/bridge_r101.yaml; 1,942,080 parameters); that
+    for ViTs has 8 heads, and the paper's counts need width 56 for R50 and 128 for ViT-B/16. `interactor: released`
+    means full attention for convolutional towers and the multiplicative one for ViTs, as the released code has it.
+    Initialisation as in model/bridger.py:64-72; a Bridge is not the identity at the start. A map must divide into the
+    common grid, that of the middle stage: image sizes that are odd multiples of the coarsest stride do.
     """
 
     def __init__(
@@ -121,18 +119,20 @@ class Bridger(Method):
         for i in stages:
             image[i].touch()
             text[i].touch()
+            step = max(strides[i], strides[1]) // min(strides[i], strides[1])
             self.bridges[str(i)] = Bridge(
-                image[i].width, text[i].width, width, heads, strides[i] / strides[1], full, follows=i != stages[0]
+                image[i].width, text[i].width, width, heads, step, coarse=i == 2, full=full, follows=i != stages[0]
             )
 
     def forward(self, backbone: Backbone, image_B3HW: Tensor, tokens_BL: Tensor) -> Features:
+        image, text = backbone.image, backbone.text
+        x, y = image.stem(image_B3HW), text.stem(tokens_BL)
+        maps: list[Tensor] = []
         last: tuple[Tensor, Tensor] | None = None
-
-        def exchange(i: int, x: Tensor, y: TextState) -> tuple[Tensor, TextState]:
-            nonlocal last
-            if str(i) not in self.bridges:
-                return x, y
-            delta_BCHW, delta_BLE, last = self.bridges[str(i)](backbone.image.to_map(x), y.x_BLE, last)
-            return backbone.image.add_map(x, delta_BCHW), y._replace(x_BLE=y.x_BLE + delta_BLE)
-
-        return backbone(image_B3HW, tokens_BL, exchange)
+        for i, (image_stage, text_stage) in enumerate(zip(image.stages, text.stages, strict=True)):
+            x, y = image_stage(x), text_stage(y)
+            if str(i) in self.bridges:
+                delta_BCHW, delta_BLE, last = self.bridges[str(i)](image.to_map(x), y.x_BLE, last)
+                x, y = image.add_map(x, delta_BCHW), y._replace(x_BLE=y.x_BLE + delta_BLE)
+            maps.append(image.to_map(x))
+        return Features((*maps[:-1], image.head(x)), *text.head(y), y.pad_BL)
