@@ -162,6 +162,8 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.image, self.text = image, text
+        # Written down before any method wraps a module: the places inside it stay where they are.
+        self._sites = {"image": tuple(image.sites()), "text": tuple(text.sites())}
         self.image_size, self.vocab_size = image_size, vocab_size
         self.word_width, self.sentence_width = text.widths[-1], sentence_width
         self.fixed_norms: list[_BatchNorm] = []
@@ -197,7 +199,7 @@ class Backbone(nn.Module):
 
     def sites(self, kind: str, towers: tuple[str, ...] = ("image", "text")) -> list[Site]:
         """All sites of a kind in the named towers, in order. UserError where there is none."""
-        found = [site for name in towers for site in getattr(self, name).sites() if site.kind == kind]
+        found = [site for name in towers for site in self._sites[name] if site.kind == kind]
         if not found:
             raise UserError(f"this backbone has no {kind!r} site in its {' or '.join(towers)} tower")
         return found

@@ -70,7 +70,13 @@ class CLIPText(Tower):
         # Token 0 is CLIP's "!", which the released code takes for padding as well (ETRIS model/segmenter.py:50).
         state = TextState(self.token_embedding(tokens_BL), tokens_BL.argmax(dim=1), tokens_BL == 0)
         state = self.prompt(state)
-        return state._replace(x_BLE=state.x_BLE + self.positional_embedding[: state.x_BLE.shape[1]])
+        length, positions = state.x_BLE.shape[1], len(self.positional_embedding)
+        if length > positions:
+            raise UserError(
+                f"sentences are {length} tokens long, those of the method included, and the text tower has {positions} "
+                "positions; use a method that adds fewer tokens"
+            )
+        return state._replace(x_BLE=state.x_BLE + self.positional_embedding[:length])
 
     def head(self, state: TextState) -> tuple[Tensor, Tensor]:
         words_BLE = self.ln_final(state.x_BLE)

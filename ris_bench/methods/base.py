@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ris_bench.backbones.base import Backbone, Features
+from ris_bench.backbones.base import Backbone, Features, Site
+from ris_bench.errors import UserError
 from ris_bench.registry import Registry
 
 METHODS = Registry("method", "ris_bench.methods")
@@ -46,3 +47,40 @@ class Parallel(nn.Module):
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         return self.inner(x, *args) + self.beside(x)
+
+
+class Residual(nn.Module):
+    """`x + branch(x)`."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+Hidden = int | float
+"""The option of a hidden width: so many channels, or as a float that fraction of the width of each place."""
+
+
+def hidden_channels(hidden: Hidden, site: Site) -> int:
+    """The channels that an option means at a site. UserError where there is none."""
+    channels = hidden if isinstance(hidden, int) else round(hidden * site.width)
+    if channels < 1 or (isinstance(hidden, float) and hidden >= 1):
+        raise UserError(
+            f"a hidden width of {hidden} is not possible at {site.kind!r}, {site.width} channels wide: "
+            "give a positive number of channels, or a fraction below 1.0 that leaves one"
+        )
+    return channels
+
+
+def bottleneck(
+    width: int, hidden: int, out_width: int, activation: nn.Module, *, on_maps: bool, bias: bool
+) -> nn.Sequential:
+    """Down, activation, up: linear layers on tokens (B, N, C), 1x1 convolutions on maps (B, C, H, W)."""
+
+    def layer(before: int, after: int) -> nn.Module:
+        return nn.Conv2d(before, after, 1, bias=bias) if on_maps else nn.Linear(before, after, bias=bias)
+
+    return nn.Sequential(layer(width, hidden), activation, layer(hidden, out_width))
