@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ris_bench.backbones.base import BACKBONES, Backbone
 from ris_bench.backbones.weights import Weights
+from ris_bench.data.refcoco import DATASETS
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS, Method
@@ -99,4 +100,7 @@ def build(trial: Trial, weights: Weights | None) -> RISModel:
 def count_parameters(trial: Trial) -> Params:
     """Counts without memory or weights, on the meta device. Raises UserError for an impossible combination."""
     with torch.device("meta"):
-        return build(trial, None).count()
+        model = build(trial, None)
+        # A method may lengthen the sentences; the text tower refuses those that are too long for it.
+        model.backbone.text.stem(torch.zeros(1, DATASETS.build(trial.dataset).word_len, dtype=torch.long))
+        return model.count()

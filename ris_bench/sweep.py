@@ -130,9 +130,11 @@ def check(trials: list[Trial], store: Store, places: Places) -> None:
 
 def count_parameters(trials: list[Trial]) -> dict[str, Params]:
     """The counts of every trial by id, without data or weights. Raises UserError for an impossible model."""
+    from ris_bench.data.refcoco import DATASETS
     from ris_bench.model import count_parameters
 
-    models = {trial.id: repr((trial.backbone, trial.method, trial.head)) for trial in trials}
+    lengths = {trial.id: DATASETS.build(trial.dataset).word_len for trial in trials}
+    models = {trial.id: repr((lengths[trial.id], trial.backbone, trial.method, trial.head)) for trial in trials}
     counts = {model: count_parameters(trial) for model, trial in {models[t.id]: t for t in trials}.items()}
     return {trial_id: counts[model] for trial_id, model in models.items()}
 
