@@ -35,7 +35,7 @@ class ConvAdapter(Method):
     cells before their positions are added and comes after the pool's ReLU. A hidden width of 0 means none there.
 
     Initialisation: Kaiming normal by fan-out and zero biases as released (resnet_clip.py:217-222), but zero for the
-    last layer. Without that the features change by several times their own size before the first step.
+    last layer. Started at random, the released module changes features by several times their own size from step 0.
 
     The published count (1.20M, CLIP R101) says nothing about places and widths; these are consistent with it, not
     proved by it: the defaults, 1,204,080; `{hidden: 24, bias: true, text_hidden: 64}`, 1,200,328; `{design: separable,
