@@ -408,7 +408,7 @@ SPLITS = ("train", "val", "testA", "testB")
 FEWEST_OBJECTS, MOST_OBJECTS = 3, 5
 MOST_REFERENTS = 3
 MOST_EXPRESSIONS = 3
-WEIGHTS = {"category": 12, "colour": 12, "size": 12, "texture": 12, "place": 6, "relation": 2, "ordinal": 1}
+WEIGHTS = {"category": 6, "colour": 12, "size": 12, "texture": 12, "place": 12, "relation": 2, "ordinal": 2}
 """How often a kind is chosen among those that a referent allows."""
 
 
@@ -523,26 +523,26 @@ def _annotation(thing: Object, ann_id: int, image_id: int) -> dict[str, Any]:
 def _ref(
     rng: np.random.Generator, scene: Scene, thing: Object, split: str, ref_id: int, annotation: dict[str, Any]
 ) -> dict[str, Any]:
-    """Up to three expressions, each of another kind."""
+    """Up to three different expressions, of kinds drawn as `WEIGHTS` has them."""
     by_kind: dict[str, list[Statement]] = {}
     for statement in scene.statements[scene.objects.index(thing)]:
         by_kind.setdefault(statement.kind, []).append(statement)
     kinds = list(by_kind)
     weights = np.array([WEIGHTS[kind] for kind in kinds], dtype=float)
-    count = min(len(kinds), MOST_EXPRESSIONS)
-    sentences = []
-    for kind in rng.choice(kinds, count, replace=False, p=weights / weights.sum()):
+    texts: dict[str, str] = {}
+    for kind in rng.choice(kinds, MOST_EXPRESSIONS, p=weights / weights.sum()).tolist():
         statement = by_kind[kind][rng.integers(len(by_kind[kind]))]
-        text = statement.draw(rng)
-        sentences.append(
-            {
-                "raw": text,
-                "sent": text,
-                "tokens": text.split(),
-                "sent_id": MOST_EXPRESSIONS * ref_id + len(sentences),
-                "kind": str(kind),
-            }
-        )
+        texts.setdefault(statement.draw(rng), kind)
+    sentences = [
+        {
+            "raw": text,
+            "sent": text,
+            "tokens": text.split(),
+            "sent_id": MOST_EXPRESSIONS * ref_id + i,
+            "kind": kind,
+        }
+        for i, (text, kind) in enumerate(texts.items())
+    ]
     return {
         "ref_id": ref_id,
         "ann_id": annotation["id"],
