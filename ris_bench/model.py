@@ -45,7 +45,10 @@ class RISModel(nn.Module):
         kept = tuple(f"backbone.{prefix}" for prefix in self.backbone.not_pretrained)
         tensors = {name: p for name, p in self.named_parameters() if p.requires_grad}
         tensors |= self.moving_statistics()
-        return tensors | {name: t for name, t in self.state_dict().items() if kept and name.startswith(kept)}
+        # Layers may share a frozen tensor, under a name in each: it is saved once, as a shared parameter is.
+        frozen = {name: t for name, t in self.state_dict(keep_vars=True).items() if kept and name.startswith(kept)}
+        first = {id(t): name for name, t in reversed(frozen.items())}
+        return tensors | {name: t for name, t in frozen.items() if first[id(t)] == name}
 
     def save_tuned(self, file: Path) -> None:
         save_file({name: t.detach().cpu().contiguous() for name, t in self.tuned_tensors().items()}, file)

@@ -76,11 +76,11 @@ class Trial:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Trial:
         """The inverse of `dataclasses.asdict`, also after a round trip through JSON."""
-        choices = {key: Choice(**_tuples(record[key])) for key in ("dataset", "backbone", "method", "head")}
+        choices = {key: Choice(**tuples(record[key])) for key in ("dataset", "backbone", "method", "head")}
         return cls(
             **choices,
-            train=Training(**_tuples(record["train"])),
-            eval=Evaluation(**_tuples(record["eval"])),
+            train=Training(**tuples(record["train"])),
+            eval=Evaluation(**tuples(record["eval"])),
             seed=record["seed"],
         )
 
@@ -187,8 +187,8 @@ class Result:
         )
 
 
-def _tuples(value: Any) -> Any:
-    # JSON has lists only; records are hashable and compare equal after a round trip only with tuples.
+def tuples(value: Any) -> Any:
+    """A value with tuples for its lists: JSON has lists only, and records compare equal after a round trip."""
     if isinstance(value, Mapping):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+        return {key: tuples(item) for key, item in value.items()}
+    return tuple(tuples(item) for item in value) if isinstance(value, list) else value

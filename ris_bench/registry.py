@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from ris_bench.errors import UserError
-from ris_bench.records import Choice
+from ris_bench.records import Choice, tuples
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -59,7 +59,8 @@ class Registry:
     def resolve(self, name: str, options: Mapping[str, Any]) -> Choice:
         """Check the options given and fill in the defaults, so that a choice says all that it stands for.
 
-        Raises UserError for an unknown name or option, a value of another type, and a missing option.
+        Raises UserError for an unknown name or option, a value of another type, and a missing option. A factory that
+        has more to say of its options than their types has a static `check`, which is called with all of them.
         """
         allowed = self.options(name)
         for key in options:
@@ -77,6 +78,8 @@ class Registry:
                 raise UserError(f"{self.kind} {name!r} needs the option {key!r}")
             else:
                 resolved[key] = parameter.default
+        if hasattr(factory, "check"):
+            factory.check(**resolved)
         return Choice(name=name, options=resolved)
 
     def build(self, choice: Choice, *args: Any) -> Any:
@@ -95,10 +98,11 @@ def checked(value: Any, hint: Any, what: str) -> Any:
     """`value` as the annotated type, or a UserError that says what was given and what is allowed.
 
     An int is accepted for a float and a list for a tuple; a bool is not a number, and a string never becomes one.
+    Lists of which nothing is said become tuples, so that records compare equal after a round trip through JSON.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return value
+        return tuples(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if origin is typing.Literal:
@@ -108,6 +112,12 @@ def checked(value: Any, hint: Any, what: str) -> Any:
         if isinstance(value, (list, tuple)) and (args[-1] is Ellipsis or len(value) == len(args)):
             hints = [args[0]] * len(value) if args[-1] is Ellipsis else args
             return tuple(checked(v, h, what) for v, h in zip(value, hints, strict=True))
+    elif origin is list:
+        if isinstance(value, (list, tuple)):
+            return [checked(v, args[0], what) for v in value]
+    elif origin is dict:
+        if isinstance(value, Mapping):
+            return {checked(k, args[0], what): checked(v, args[1], what) for k, v in value.items()}
     elif origin in (typing.Union, types.UnionType):
         for arg in args:
             try:
@@ -127,6 +137,10 @@ def describe(hint: Any) -> str:
         return f"one of {', '.join(repr(a) for a in args)}"
     if origin is tuple:
         return f"a list of {describe(args[0])}" + ("" if args[-1] is Ellipsis else f" with {len(args)} items")
+    if origin is list:
+        return f"a list of {describe(args[0])}"
+    if origin is dict or hint is dict:
+        return "a mapping"
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe(a) for a in args)
     return "null" if hint is type(None) else getattr(hint, "__name__", str(hint))
