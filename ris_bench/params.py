@@ -6,7 +6,7 @@ and a paper's rules are its convention; nothing else knows how a paper counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -137,17 +137,17 @@ class Counts:
     """All that have a gradient, the head's included."""
     statistics: int
     """Running means and variances that training moves, the head's included."""
-    published: Figures | None
+    figures: Figures | None
 
     @property
     def agrees(self) -> dict[str, published.Agreement] | None:
         """By column that is printed."""
-        if self.published is None:
+        if self.figures is None:
             return None
-        return {key: published.agreement(self.paper[key], cell.text) for key, cell in self.published.cells.items()}
+        return {key: published.agreement(self.paper[key], cell.text) for key, cell in self.figures.cells.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        found = self.published
+        found = self.figures
         source = found and {"paper": found.paper, "table": found.table, "row": found.row}
         figures = found and {key: found.cells[key].text if key in found.cells else None for key in COLUMNS}
         uncertain = found and [key for key, cell in found.cells.items() if cell.uncertain]
@@ -176,8 +176,9 @@ def of_experiment(path: Path) -> list[Counts]:
 def of_registry(backbone: str | None, method: str | None) -> tuple[list[Counts], dict[str, str]]:
     """All pairs of what is named with all that is registered, and the reason why others are impossible, by pair.
 
-    Of the backbones only those of full size, unless one is named. The options are those of the first published row that
-    stands for the pair, else the defaults. Raises UserError for an unknown name, and where no pair is possible.
+    Of the backbones only those of full size, unless one is named. The options are those of the published row that
+    stands for the pair, of several the one next to the defaults; else the defaults. Raises UserError for an unknown
+    name, and where no pair is possible.
     """
     backbones = [backbone] if backbone else [name for name in BACKBONES if not name.startswith("tiny-")]
     methods = [method] if method else list(METHODS)
@@ -185,9 +186,9 @@ def of_registry(backbone: str | None, method: str | None) -> tuple[list[Counts],
         registry[name]  # raises for an unknown name
     counted, refused = [], {}
     for name, other in product(backbones, methods):
-        ours = next((row.ours for _, row in _rows(name, other)), published.Ours(backbone=name, method=other))
+        options = min((row.ours.options for _, row in _rows(name, other)), key=len, default={})
         try:
-            chosen = METHODS.resolve(other, ours.options), HEADS.resolve("etris", ours.head)
+            chosen = METHODS.resolve(other, options), HEADS.resolve(_tabulated(name)[1], {})
             counted.append(count_pair(Pair(BACKBONES.resolve(name, {}), *chosen)))
         except UserError as error:
             refused[f"{other} on {name}"] = str(error)
@@ -204,7 +205,7 @@ def count_pair(pair: Pair) -> Counts:
         model = RISModel(backbone, METHODS.build(pair.method, backbone), HEADS.build(pair.head, backbone))
     in_backbone = count(model.backbone, model.method, tunable=True)
     prompt = count(*(getattr(site.parent, site.attr) for site in prompts), tunable=True)
-    amounts = {rule: rule.amount(model) for rule in CONVENTIONS.get(_paper_of(pair.backbone.name), ())}
+    amounts = {rule: rule.amount(model) for rule in CONVENTIONS.get(_tabulated(pair.backbone.name)[0], ())}
     paper = {"backbone": in_backbone - prompt, "prompt": prompt, "head": count(model.head, tunable=True)}
     for rule, amount in amounts.items():
         paper[rule.column] += amount
@@ -214,13 +215,14 @@ def count_pair(pair: Pair) -> Counts:
         differences={rule: amount for rule, amount in amounts.items() if amount},
         parameters=count(model, tunable=True),
         statistics=sum(t.numel() for name, t in model.moving_statistics().items() if "running" in name),
-        published=_published(pair),
+        figures=_figures(pair),
     )
 
 
-def _paper_of(backbone: str) -> str | None:
-    rows = ((table, row.ours) for table in published.load().tables.values() for row in table.rows)
-    return next((table.paper for table, ours in rows if ours and ours.backbone == backbone), None)
+def _tabulated(backbone: str) -> tuple[str, str]:
+    """The paper in whose tables a backbone stands, and the head that it has there; else "" and the default."""
+    rows = ((table.paper, row.ours) for table in published.load().tables.values() for row in table.rows)
+    return next(((paper, ours.head) for paper, ours in rows if ours and ours.backbone == backbone), ("", "etris"))
 
 
 def _rows(backbone: str, method: str) -> Iterator[tuple[published.Table, published.Row]]:
@@ -232,27 +234,28 @@ def _rows(backbone: str, method: str) -> Iterator[tuple[published.Table, publish
                     yield table, row
 
 
-def _published(pair: Pair) -> Figures | None:
-    """The row with the pair's head whose method differs in the fewest options, the first of several.
+def _figures(pair: Pair) -> Figures | None:
+    """The first row that stands for the pair: in what tells the rows of a method apart, it has the pair's options.
 
-    A method with other options is compared too: that it misses the count of its row is worth knowing.
+    Whatever else is set, the figures are compared: that a setting misses the count of its row is worth knowing. With
+    another head than the row's they are not, if the row counts that.
     """
-
-    def distance(found: tuple[published.Table, published.Row]) -> int:
-        options = METHODS.resolve(pair.method.name, found[1].ours.options).options
-        return sum(options[key] != value for key, value in pair.method.options.items())
-
-    rows = _rows(pair.backbone.name, pair.method.name)
-    same_head = [found for found in rows if HEADS.resolve("etris", found[1].ours.head) == pair.head]
-    if not same_head:
+    rows = [
+        (table, row, METHODS.resolve(pair.method.name, row.ours.options).options)
+        for table, row in _rows(pair.backbone.name, pair.method.name)
+        if "params.head" not in table.columns or HEADS.resolve(row.ours.head, {}) == pair.head
+    ]
+    telling = {key for *_, options in rows for key in options if options[key] != rows[0][-1][key]}
+    fitting = (row for row in rows if all(row[-1][key] == pair.method.options[key] for key in telling))
+    if (found := next(fitting, None)) is None:
         return None
-    table, row = min(same_head, key=distance)
+    table, row, _ = found
     cells = {column: row.cells.get(f"params.{column}") for column in COLUMNS}
     return Figures(
         paper=table.paper,
         table=table.caption,
         row=row.name,
-        cells={column: cell for column, cell in cells.items() if cell},
+        cells={column: cell for column, cell in cells.items() if cell and cell.text != "-"},
     )
 
 
@@ -261,16 +264,16 @@ _MARKS = {"both": "RT", "rounding": "R", "truncation": "T", "no": "≠"}
 
 def text(counted: list[Counts], refused: Mapping[str, str]) -> str:
     """The counts as a table for a terminal, with what its marks and differences mean below it."""
-    heads = {_label(counts.pair.head, HEADS) for counts in counted}
+    heads = {(counts.pair.backbone.name, _label(counts.pair.head, HEADS)) for counts in counted}
     sources: list[tuple[str, str]] = []
     rows = []
     for counts in counted:
         row = {"backbone": _label(counts.pair.backbone, BACKBONES), "method": _label(counts.pair.method, METHODS)}
-        if len(heads) > 1:
+        if len(heads) > len(dict(heads)):
             row["head used"] = _label(counts.pair.head, HEADS)
         row |= {"in backbone": counts.paper["backbone"], "prompt": counts.paper["prompt"], "head": counts.paper["head"]}
         row["published"] = ""
-        if found := counts.published:
+        if found := counts.figures:
             if (found.paper, found.table) not in sources:
                 sources.append((found.paper, found.table))
             figures = (
@@ -288,20 +291,17 @@ def text(counted: list[Counts], refused: Mapping[str, str]) -> str:
         lines.append("Published figures that the count gives R by rounding, T by truncation, RT by both, ≠ by neither:")
         papers = published.load().papers
         lines += [f"  [{i}] {paper} ({papers[paper].venue}), {table!r}" for i, (paper, table) in enumerate(sources, 1)]
-    rules = {rule: sorted({c.differences[rule] for c in counted if rule in c.differences}) for rule in _rules(counted)}
+    rules: dict[Rule, set[int]] = {}
+    for rule, amount in (item for counts in counted for item in counts.differences.items()):
+        rules.setdefault(rule, set()).add(amount)
     if rules:
         lines.append("Where the papers' columns differ from what moves:")
         for rule, amounts in rules.items():
-            lines.append(
-                f"  {rule.name} ({', '.join(f'{amount:+,}' for amount in amounts)}, {rule.column}): {rule.why}"
-            )
+            printed = ", ".join(f"{amount:+,}" for amount in sorted(amounts))
+            lines.append(f"  {rule.name} ({printed}, {rule.column}): {rule.why}")
     if refused:
         lines += ["Impossible:", *(f"  {pair}: {reason}" for pair, reason in refused.items())]
     return "\n".join(lines)
-
-
-def _rules(counted: Iterable[Counts]) -> dict[Rule, None]:
-    return {rule: None for counts in counted for rule in counts.differences}
 
 
 def _label(choice: Choice, registry: Registry) -> str:

@@ -48,10 +48,9 @@ class Ours:
 
     backbone: str
     method: str
+    head: str = "etris"
     options: dict = field(default_factory=dict)
     """Of the method."""
-    head: dict = field(default_factory=dict)
-    """Options of the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
