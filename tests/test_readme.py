@@ -31,6 +31,11 @@ def test_files_that_it_names_are_there():
     assert [name for name in names if not (ROOT / name).is_file()] == []
 
 
+def test_its_table_is_the_one_that_came_out():
+    table = (ROOT / "results" / "pet_tiny" / "table.md").read_text(encoding="utf-8")
+    assert table.split("\n\n", 1)[1] in README
+
+
 def test_the_new_method_runs(tmp_path):
     code = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
