@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     _add_run(verbs)
     _add_params(verbs)
+    _add_import_official(verbs)
     args = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
@@ -125,6 +126,28 @@ def _add_params(verbs: Any) -> None:
         help="only this method; its options are those of the published row it stands for, else its defaults",
     )
     params.add_argument("--json", action="store_true", help="a JSON list on stdout, and nothing else")
+
+
+def _add_import_official(verbs: Any) -> None:
+    official = verbs.add_parser(
+        "import-official",
+        help="turn a released checkpoint of ETRIS or DETRIS into a model of ours",
+        description="Reads a best_model.pth of ETRIS (R50, R101, ViT-B/16) or DETRIS (B, L) without executing anything "
+        "in it, and writes model.safetensors, with every tensor of the model, and model.json, which says what it is.",
+    )
+    official.set_defaults(call=_import_official)
+    official.add_argument("checkpoint", type=Path, metavar="CKPT")
+    official.add_argument(
+        "--arch", metavar="NAME", help="such as etris-r101 or detris-b (default: judged by the tensors)"
+    )
+    official.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+
+
+def _import_official(args: argparse.Namespace) -> int:
+    from ris_bench import official  # only now: it imports torch
+
+    print(json.dumps(official.import_official(args.checkpoint, args.out, args.arch), indent=1))
+    return 0
 
 
 def _count(text: str) -> int:

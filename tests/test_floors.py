@@ -15,7 +15,7 @@ FLOORS = [
     ("methods",),
     ("head",),
     ("model",),
-    ("training", "evaluation", "pretrain"),
+    ("training", "evaluation", "pretrain", "official"),
     ("trial", "layout", "experiment"),
     ("report", "progress", "sweep", "params"),
     ("cli",),

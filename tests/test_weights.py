@@ -417,6 +417,7 @@ def test_a_pickle_cannot_call_what_weights_do_not_need(function, tmp_path):
     ("name", "given"),
     [
         ("collections OrderedDict", OrderedDict),
+        ("collections Counter", dict),
         ("__torch__.any Module", SimpleNamespace),
         ("torch FloatStorage", torch.float32),
         ("torch._utils _rebuild_tensor_v2", torch._utils._rebuild_tensor_v2),

@@ -164,6 +164,19 @@ def fit(
     and is not in the module. Raises UserError for any other difference of names or shapes.
     """
     own = module.state_dict()
+    check(own, state, new=new, unused=unused, file=file)
+    module.load_state_dict({key: state[key] for key in own.keys() & state.keys()}, strict=False)
+
+
+def check(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    *,
+    new: Collection[str] = (),
+    unused: Collection[str] = (),
+    file: str,
+) -> None:
+    """Compare the names and shapes of a file's state with a model's own, as `fit` does: UserError if they differ."""
     both = own.keys() & state.keys()
     differences = {
         "lacks": own.keys() - both - set(new),
@@ -173,7 +186,6 @@ def fit(
     if any(differences.values()):
         found = "; ".join(f"it {what} {_some(keys)}" for what, keys in differences.items() if keys)
         raise UserError(f"{file} holds the weights of another model: {found}")
-    module.load_state_dict({key: state[key] for key in both}, strict=False)
 
 
 def _some(keys: Collection[str]) -> str:
@@ -190,18 +202,18 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     """A flat state dict, floats as fp32, from safetensors or from what `torch.save` or `torch.jit.save` wrote.
 
-    Of a TorchScript module it is every tensor attribute of the tree of modules. Nothing in the file is executed,
-    whoever made it. Raises UserError where it cannot be read.
+    Of a TorchScript module it is every tensor attribute of the tree of modules; of a dictionary that has the `entry`,
+    what that holds. Nothing in the file is executed, whoever made it. Raises UserError where it cannot be read.
     """
     # A file that is broken, or made to break things, can fail in as many ways as there are lines in its readers.
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
         if magic == b"PK\x03\x04":
-            state = _read_archive(path)
+            state = _read_archive(path, entry)
         elif path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
@@ -255,6 +267,9 @@ class _Unpickler(pickle.Unpickler):
             return SimpleNamespace
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
+        # In the state of a learning rate's schedule, beside the weights of a checkpoint.
+        if (module, name) == ("collections", "Counter"):
+            return dict
         if module == "torch" and name in DTYPES:
             return DTYPES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -268,7 +283,7 @@ class _Unpickler(pickle.Unpickler):
         return pid
 
 
-def _read_archive(path: Path) -> dict[str, Tensor]:
+def _read_archive(path: Path, entry: str | None) -> dict[str, Tensor]:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         roots = [name.split("/")[0] for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -285,7 +300,10 @@ def _read_archive(path: Path) -> dict[str, Tensor]:
         swapped = f"{root}/byteorder" in names and member("byteorder").decode() != sys.byteorder
         storages: dict[tuple[str, torch.dtype], Tensor] = {}
         state = {}
-        for name, view in _views(_Unpickler(io.BytesIO(member("data.pkl"))).load()):
+        tree = _Unpickler(io.BytesIO(member("data.pkl"))).load()
+        if isinstance(tree, dict) and entry in tree:
+            tree = tree[entry]
+        for name, view in _views(tree):
             _, dtype, key, _, numel = view.storage
             if (key, dtype) not in storages:
                 storages[key, dtype] = _numbers(member(f"data/{key}"), dtype, swapped)
