@@ -193,7 +193,8 @@ def _run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     places = Places(data=args.data.absolute(), weights=args.weights and args.weights.absolute())
     executor = sweep.in_process() if args.executor == "local" else sweep.through_ray(**ray_options)
-    results = sweep.run(experiment, sweep.Job(run_trial, store, places), executor, only=args.only)
+    job = sweep.Job(run_trial, store, places, experiment.plugins)
+    results = sweep.run(experiment, job, executor, only=args.only)
 
     table = tables.render(experiment, results)
     tables.write(table, store.root / experiment.name)

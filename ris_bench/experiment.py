@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ris_bench import plugins
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.data.refcoco import DATASETS, Dataset
 from ris_bench.errors import UserError
@@ -18,6 +19,7 @@ from ris_bench.head import HEADS
 from ris_bench.layout import Layout, read_layout
 from ris_bench.located import Located, read
 from ris_bench.methods.base import METHODS
+from ris_bench.plugins import Plugin
 from ris_bench.records import Choice, Evaluation, Result, Training, Trial
 
 CHOICES = {"dataset": DATASETS, "backbone": BACKBONES, "method": METHODS, "head": HEADS}
@@ -52,6 +54,8 @@ class Experiment:
     table: Layout
     assignments: tuple[str, ...]
     """What was set on the command line."""
+    plugins: tuple[Plugin, ...]
+    """To be loaded by every process that runs one of its trials; this one has them."""
 
     def trials(self, results: Mapping[str, Result] = MappingProxyType({})) -> list[Trial]:
         """Every trial that has to be run as far as `results`, by trial id, can tell; those with a result included.
@@ -101,9 +105,10 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
     """
     top = _read_file(path).keys(
         "the experiment",
-        allowed=("name", "title", "notes", "defaults", "grid", "choose", "table"),
+        allowed=("name", "title", "notes", "plugins", "defaults", "grid", "choose", "table"),
         required=("name", "title", "defaults", "grid", "table"),
     )
+    plugged = _plugins(top["plugins"], path.parent) if "plugins" in top else ()
     defaults, grid = top["defaults"], top["grid"].mapping("grid")
     choose = top["choose"].mapping("choose") if "choose" in top else {}
     _trial(defaults)
@@ -128,6 +133,7 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
         runs=tuple(runs),
         table=table,
         assignments=tuple(assignments),
+        plugins=plugged,
     )
 
 
@@ -140,6 +146,19 @@ def _read_file(path: Path) -> Located:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8") from None
     return read(text, lambda line: f"{path}:{line}")
+
+
+def _plugins(item: Located, folder: Path) -> tuple[Plugin, ...]:
+    # First of all, since what follows may name what they register.
+    found = []
+    for entry in item.items("plugins"):
+        name = entry.typed(str, "plugins")
+        try:
+            found.append(plugins.find(name, folder))
+            found[-1].load()
+        except UserError as error:
+            raise entry.error(str(error)) from error
+    return tuple(found)
 
 
 def _name(item: Located) -> str:

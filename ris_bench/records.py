@@ -15,6 +15,8 @@ class Choice:
 
     name: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    code: str | None = None
+    """sha256 of the plug-in that it comes from: another code is another trial. None for what the project has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +71,13 @@ class Trial:
     @property
     def id(self) -> str:
         """Readable parts and a content hash: `refcoco.clip-r101.lora.s0.4de1a2c6`."""
-        content = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        content = json.dumps(plain(self), sort_keys=True, separators=(",", ":"))
         digest = hashlib.sha256(content.encode()).hexdigest()[:8]
         return f"{self.dataset.name}.{self.backbone.name}.{self.method.name}.s{self.seed}.{digest}"
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Trial:
-        """The inverse of `dataclasses.asdict`, also after a round trip through JSON."""
+        """The inverse of `plain`, also after a round trip through JSON."""
         choices = {key: Choice(**tuples(record[key])) for key in ("dataset", "backbone", "method", "head")}
         return cls(
             **choices,
@@ -149,6 +151,8 @@ class Provenance:
     """The arithmetic that was really used."""
     started: str
     """UTC, ISO 8601."""
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of every plug-in that was loaded, by the name that the experiment gives it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +171,7 @@ class Result:
     provenance: Provenance
 
     def to_json(self) -> str:
-        return json.dumps({"id": self.trial.id, **asdict(self)}, indent=1)
+        return json.dumps({"id": self.trial.id, **plain(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Result:
@@ -185,6 +189,11 @@ class Result:
                 "provenance": Provenance(**record["provenance"]),
             }
         )
+
+
+def plain(record: Any) -> dict[str, Any]:
+    """A record as JSON takes it. The `code` that only a choice from a plug-in has is left out of the others."""
+    return asdict(record, dict_factory=lambda items: {key: v for key, v in items if (key, v) != ("code", None)})
 
 
 def tuples(value: Any) -> Any:

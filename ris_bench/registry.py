@@ -12,6 +12,7 @@ import pkgutil
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from ris_bench.errors import UserError
@@ -27,6 +28,7 @@ class Registry:
         self.kind = kind
         self._package = package
         self._factories: dict[str, Callable[..., Any]] = {}
+        self._code: dict[str, str] = {}
         self._imported = False
 
     def __call__(self, name: str) -> Callable[[Factory], Factory]:
@@ -80,11 +82,32 @@ class Registry:
                 resolved[key] = parameter.default
         if hasattr(factory, "check"):
             factory.check(**resolved)
-        return Choice(name=name, options=resolved)
+        return Choice(name=name, options=resolved, code=self._code.get(name))
 
     def build(self, choice: Choice, *args: Any) -> Any:
-        """Call the factory of a choice with its options."""
+        """Call the factory of a choice with its options. UserError where a plug-in made it that is not at hand."""
+        if choice.code != self._code.get(choice.name):
+            raise UserError(
+                f"{self.kind} {choice.name!r} is of a plug-in whose code has the sha256 {choice.code}; "
+                f"{'what is loaded under this name differs' if choice.name in self else 'name that plug-in'}"
+            )
         return self[choice.name](*args, **choice.options)
+
+    @contextmanager
+    def plugged(self, code: str) -> Iterator[set[str]]:
+        """What is registered inside comes from a plug-in with this sha256; where it fails, nothing of it stays.
+
+        The set holds the new names afterwards.
+        """
+        before, new = set(self), set()
+        try:
+            yield new
+        except BaseException:
+            for name in self._factories.keys() - before:
+                del self._factories[name]
+            raise
+        new |= self._factories.keys() - before
+        self._code |= dict.fromkeys(new, code)
 
     def _import_siblings(self) -> None:
         if not self._imported:

@@ -29,8 +29,9 @@ from ris_bench.records import Params, Result, Trial
 from ris_bench.report import tables
 from ris_bench.results import Store
 
-if TYPE_CHECKING:  # both import torch, and a sweep with nothing to run needs none
+if TYPE_CHECKING:  # all import torch, and a sweep with nothing to run needs none
     from ris_bench.experiment import Experiment
+    from ris_bench.plugins import Plugin
     from ris_bench.trial import Places, Progress
 
 Report = Callable[["Progress"], None]
@@ -56,6 +57,7 @@ class Job:
     run_trial: RunTrial
     store: Store
     places: Places
+    plugins: tuple[Plugin, ...] = ()
 
     def __call__(self, trial: Trial, report: Report) -> Result:
         known = self.store.read(trial)
@@ -63,6 +65,8 @@ class Job:
             return known
         folder = self.store.begin(trial)
         try:
+            for plugin in self.plugins:
+                plugin.load()
             result = self.run_trial(trial, folder, self.places, report)
         except Exception as error:
             with (folder / "log.txt").open("a", encoding="utf-8") as log:
@@ -124,7 +128,7 @@ def check(trials: list[Trial], store: Store, places: Places) -> None:
         DATASETS.build(dataset).locate(places.data)
     count_parameters(trials)
     for name in sorted({trial.backbone.name for trial in trials}):
-        for kind in weights.KINDS[name]:
+        for kind in weights.KINDS.get(name, ()):  # a plug-in's backbone has ways of its own
             weights.locate(kind, places.weights)
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from ris_bench import evaluation
+from ris_bench import evaluation, plugins
 from ris_bench.backbones.weights import Weights
 from ris_bench.data.loading import ReferentBatches, Tokenizer
 from ris_bench.data.refcoco import DATASETS, Sample, shuffled
@@ -274,7 +274,7 @@ def provenance(started: datetime, weights: dict[str, str], precision: str) -> Pr
         return done.stdout.strip()
 
     tracked = git("ls-files", "--error-unmatch", "__init__.py") is not None
-    packages = ("torch", "open_clip_torch", "timm", "numpy", "ris-bench")
+    packages = ("torch", "open_clip_torch", "timm", "peft", "numpy", "ris-bench")
     return Provenance(
         commit=git("rev-parse", "HEAD") if tracked else None,
         dirty=bool(git("status", "--porcelain", "--", here)) if tracked else None,
@@ -282,4 +282,5 @@ def provenance(started: datetime, weights: dict[str, str], precision: str) -> Pr
         weights=weights,
         precision=precision,
         started=started.isoformat(timespec="seconds"),
+        plugins=dict(plugins.LOADED),
     )

@@ -14,7 +14,7 @@ FLOORS = [
     ("backbones",),
     ("methods",),
     ("head",),
-    ("model",),
+    ("model", "plugins"),
     ("training", "evaluation", "pretrain", "official"),
     ("trial", "layout", "experiment"),
     ("report", "progress", "sweep", "params"),

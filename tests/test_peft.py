@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import TINY_HEAD, inputs
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import safe_open
@@ -240,3 +241,9 @@ def test_an_experiment_names_a_tuner_and_its_mistakes_have_a_line(tmp_path):
     assert count_parameters(trial).tunable_backbone > 0
     with pytest.raises(UserError, match=r"--set method=.*: option 'config' of method 'peft' for lokr has no key 'rr'"):
         load(path, [f"method={method.replace('r: 4', 'rr: 4')}"])
+
+
+def test_the_examples_of_the_readme():
+    text = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+    for entry in yaml.safe_load(text):
+        METHODS.build(METHODS.resolve("peft", entry["peft"]), BACKBONES["tiny-clip-vit"](None))
