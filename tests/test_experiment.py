@@ -92,7 +92,8 @@ def test_the_trials_are_the_product_of_the_axes_in_their_order(tmp_path):
 
 def test_a_trial_is_complete_with_the_defaults_of_every_option(tmp_path):
     trial = read(tmp_path).trials()[2]
-    assert trial.method == Choice(name="lora", options={"text_rank": 1, "image_rank": 1, "scale": 1.0})
+    options = {"text_rank": 1, "image_rank": 1, "scale": 1.0, "targets": ("q", "v")}
+    assert trial.method == Choice(name="lora", options=options)
     assert trial.head.options["width"] == 512
     assert (trial.train.milestones, trial.train.accumulate, trial.train.split) == ((35,), 1, "train")
     assert (trial.eval.metric, trial.eval.threshold) == ("miou", 0.35)
