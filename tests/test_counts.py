@@ -99,6 +99,45 @@ def test_tuned_in_the_backbone(backbone, method, options, expected):
 
 
 @pytest.mark.parametrize(
+    "backbone, options, image, parts",
+    [
+        # What the papers take for the size of a backbone, such as 57.31M for CRIS R101; `connect` is not in OpenAI's.
+        (
+            "clip-r50",
+            {},
+            40_416_096,
+            {"image.attnpool": 16_888_832, "image.attnpool.connect": 2_099_200, "text.text_projection": 524_288},
+        ),
+        (
+            "clip-r101",
+            {},
+            57_309_536,
+            {
+                "image.attnpool": 14_790_144,
+                "image.attnpool.connect": 1_049_600,
+                "image.attnpool.positional_embedding": 102_400,
+                "text.token_embedding": 25_296_896,
+                "text.positional_embedding": 39_424,
+                "text.stages": 37_828_608,
+                "text.ln_final": 1_024,
+                "text.text_projection": 262_144,
+            },
+        ),
+        ("clip-vit-b16", {"image_size": 224}, 86_192_640, {"image.positional_embedding": 151_296}),
+        ("clip-vit-b16", {"image_size": 416}, 86_192_640 + 368_640, {"image.positional_embedding": 519_936}),
+        # Without mask_token and the position of the class token, which the released models have.
+        ("dinov2-b", {}, 86_583_552 - 2 * 768, {"text": 63_428_097 - 1}),
+        ("dinov2-l", {}, 304_372_736 - 2 * 1024, {"text": 63_428_097 - 1}),
+    ],
+)
+def test_towers(backbone, options, image, parts):
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in BACKBONES[backbone](None, **options).named_parameters()}
+    for part, expected in {"image": image, **parts}.items():
+        assert sum(n for name, n in sizes.items() if name == part or name.startswith(f"{part}.")) == expected, part
+
+
+@pytest.mark.parametrize(
     "backbone, expected, without_sentence",
     [
         ("clip-r101", 24_244_225, 23_981_569),  # printed as 23.98M for every backbone
@@ -113,6 +152,15 @@ def test_head(backbone, expected, without_sentence):
     assert model.count().tunable_head == expected
     sentence = sum(p.numel() for p in model.head.hierarchical_alignment.sentence.parameters())
     assert expected - sentence == without_sentence
+
+
+def test_parts_of_the_head():
+    parts = built("clip-r101", "frozen").head.named_children()
+    assert {name: sum(p.numel() for p in part.parameters()) for name, part in parts} == {
+        "hierarchical_alignment": 11_556_352,
+        "global_alignment": 7_899_136,
+        "projector": 4_788_737,
+    }
 
 
 @pytest.mark.parametrize(

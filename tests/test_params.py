@@ -31,6 +31,7 @@ def pair(backbone: str, method: str, options: dict | None = None, **of_backbone)
         ("clip-vit-b16", "full", (149_620_737, 0, 22_408_705)),
         # DETRIS: 86,583,552 or 304,372,736 of DINOv2, and CLIP's text tower without its positions.
         ("dinov2-b", "full", (86_583_552 + 63_428_097 - 39_424, 0, 22_539_777)),
+        ("dinov2-l", "full", (304_372_736 + 63_428_097 - 39_424, 0, 22_932_993)),
         ("dinov2-b", "frozen", (0, 0, 22_539_777)),
     ],
 )
