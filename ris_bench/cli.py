@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_run(verbs)
     _add_params(verbs)
     _add_import_official(verbs)
+    _add_export(verbs)
     args = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
@@ -147,6 +148,48 @@ def _import_official(args: argparse.Namespace) -> int:
     from ris_bench import official  # only now: it imports torch
 
     print(json.dumps(official.import_official(args.checkpoint, args.out, args.arch), indent=1))
+    return 0
+
+
+def _add_export(verbs: Any) -> None:
+    export = verbs.add_parser(
+        "export",
+        help="write a trained trial to a folder of its own, to pass it on",
+        description="Writes the tuned tensors of a trial, or with --merge a whole model that runs without the method, "
+        "and model.json, which says how to build and feed it; ris_bench.export.load(FOLDER) reads both.",
+    )
+    export.set_defaults(call=_export)
+    export.add_argument("trial", metavar="TRIAL", help="the beginning of a trial's id")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    export.add_argument(
+        "--merge", action="store_true", help="fold what was tuned into the pretrained weights, and write them all"
+    )
+    export.add_argument(
+        "--results", type=Path, default="results", metavar="DIR", help="where results are kept (default: %(default)s)"
+    )
+    export.add_argument(
+        "--weights", type=Path, metavar="DIR", help="with --merge: where pretrained weights lie (default: as run)"
+    )
+    export.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --merge: a module or .py file that the trial's experiment names as a plug-in; may be repeated",
+    )
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ris_bench import plugins  # only now: these import torch
+    from ris_bench.export import export, find
+
+    for name in args.plugin:
+        plugins.find(name, Path()).load()
+    store = Store(args.results.absolute())
+    result = find(store, args.trial)
+    export(store, result, args.out, merge=args.merge, weights=args.weights)
+    for file in sorted(args.out.iterdir()):
+        print(f"{file}  {file.stat().st_size:,} bytes")
     return 0
 
 

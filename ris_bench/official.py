@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,15 +100,19 @@ def import_official(path: Path, folder: Path, arch: str | None = None) -> dict[s
     return description
 
 
-def restore(folder: Path) -> RISModel:
-    """The model in a folder that `import_official` wrote, in evaluation mode. Raises UserError where there is none."""
+def describe(folder: Path) -> tuple[Choices, dict[str, Any]]:
+    """What the description in a folder says, its choices checked. Raises UserError where there is none."""
     file = folder / DESCRIPTION
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        choices = _resolved(*(Choice(**record[part]) for part in Choices._fields))
+        return _resolved(*(Choice(**record[part]) for part in Choices._fields)), record
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} does not describe a model ({type(error).__name__}: {error})") from None
-    model = _build(choices)
+
+
+def restore(folder: Path) -> RISModel:
+    """The model in a folder that `import_official` wrote, in evaluation mode. Raises UserError where there is none."""
+    model = _build(describe(folder)[0])
     state = read(folder / MODEL)
     check(model.state_dict(), state, file=str(folder / MODEL))
     model.load_state_dict(state, assign=True)
@@ -176,7 +181,8 @@ def _choices(state: Mapping[str, Tensor], architecture: Architecture) -> Choices
 
 def _resolved(*choices: Choice) -> Choices:
     registries = (BACKBONES, METHODS, HEADS)
-    return Choices(*(r.resolve(c.name, c.options) for r, c in zip(registries, choices, strict=True)))
+    pairs = zip(registries, choices, strict=True)
+    return Choices(*(replace(r.resolve(c.name, c.options), code=c.code) for r, c in pairs))
 
 
 def _build(choices: Choices) -> RISModel:

@@ -16,7 +16,7 @@ FLOORS = [
     ("head",),
     ("model", "plugins"),
     ("training", "evaluation", "pretrain", "official"),
-    ("trial", "layout", "experiment"),
+    ("trial", "layout", "experiment", "export"),
     ("report", "progress", "sweep", "params"),
     ("cli",),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ris_bench.backbones.base import Backbone, Features, Site
 from ris_bench.errors import UserError
@@ -25,6 +26,17 @@ class Method(nn.Module):
     def forward(self, backbone: Backbone, image_B3HW: Tensor, tokens_BL: Tensor) -> Features:
         """Run the backbone; overridden only to change how the towers meet."""
         return backbone(image_B3HW, tokens_BL)
+
+    def merge(self, backbone: Backbone) -> None:
+        """Fold all changes of weights (`Site.reparametrize`) into the weights, where they cost nothing more.
+
+        What else the method has put into the backbone stays there: nobody can fold that. UserError where a change that
+        could be folded in cannot.
+        """
+        for module in list(backbone.modules()):
+            if parametrize.is_parametrized(module):
+                for name in list(module.parametrizations):
+                    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
 
 
 class Serial(nn.Module):

@@ -144,6 +144,19 @@ class Peft(Method):
         except Exception as error:
             raise UserError(f"{what} is refused by peft: {_first_line(error)}") from error
 
+    def merge(self, backbone: Backbone) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for parent in list(backbone.modules()):
+            for name, layer in parent.named_children():
+                if isinstance(layer, BaseTunerLayer):
+                    try:
+                        layer.merge(safe_merge=True)
+                    except Exception as error:
+                        raise UserError(f"method 'peft' cannot be merged: {_first_line(error)}") from error
+                    setattr(parent, name, layer.get_base_layer())
+        super().merge(backbone)
+
 
 def _injected(layers: dict[str, nn.Module], configuration: PeftConfig) -> nn.Module:
     """A tree of the layers by their names, in which peft has put its own in the place of those that it tunes."""
