@@ -160,8 +160,9 @@ def test_dry_run_lists_trials_without_data_and_leaves_nothing(bench, tmp_path):
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 import ris_bench.trial
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 from ris_bench import cli
 sys.path.insert(0, sys.argv[1])
 from test_cli import done
