@@ -7,14 +7,12 @@ tuned.safetensors, which fits the pretrained weights whose sha256 it names, or m
 from __future__ import annotations
 
 import glob
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ris_bench.backbones.base import BACKBONES
@@ -25,7 +23,7 @@ from ris_bench.errors import UserError
 from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS
 from ris_bench.model import RISModel, build
-from ris_bench.official import DESCRIPTION, MODEL, describe, restore
+from ris_bench.official import describe, new_folder, restore, write
 from ris_bench.records import Choice, Result, plain
 from ris_bench.results import Store
 
@@ -67,8 +65,6 @@ def export(
 
     Raises UserError where `out` exists, the pretrained weights are not the trial's, or the method cannot be merged.
     """
-    if out.exists():
-        raise UserError(f"{out} exists already: name a new folder")
     trial, tuned = result.trial, store.folder(result.trial) / TUNED
     backbone, method, head = (plain(choice) for choice in (trial.backbone, trial.method, trial.head))
     description = {
@@ -86,22 +82,15 @@ def export(
         "source": {"trial": trial.id, "method": method, "weights": dict(result.provenance.weights)},
         "load": "ris_bench.export.load(FOLDER)",
     }
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        (partial / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    with new_folder(out) as partial:
         if merge:
             model = build(trial, loaded := Weights(weights))
             _check_weights(loaded, result.provenance.weights)
             model.load_tuned(tuned)
-            _write_merged(model.eval(), result, partial)
+            _write_merged(model.eval(), result, partial, description)
         else:
+            write(partial, description)
             shutil.copyfile(tuned, partial / TUNED)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
     return description
 
 
@@ -129,7 +118,7 @@ def _check_weights(loaded: Weights, expected: dict[str, str]) -> None:
 
 
 @torch.no_grad()
-def _write_merged(model: RISModel, result: Result, folder: Path) -> None:
+def _write_merged(model: RISModel, result: Result, folder: Path, description: dict[str, Any]) -> None:
     images, tokens = _sample(model)
     expected = model(images, tokens)
     name = result.trial.method.name
@@ -142,7 +131,7 @@ def _write_merged(model: RISModel, result: Result, folder: Path) -> None:
             f"method {name!r} cannot be merged: what it tunes is no mere change of weights, it leaves {beside[0]} and "
             f"{len(beside) - 1} other tensors that a plain backbone has not; export without --merge"
         )
-    save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / MODEL)
+    write(folder, description, state)
     error = (restore(folder)(images, tokens) - expected).abs().max().item()
     if not error <= TOLERANCE:
         raise UserError(

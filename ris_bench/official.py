@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,16 +90,34 @@ def import_official(path: Path, folder: Path, arch: str | None = None) -> dict[s
     Returns what stands in its model.json: the choices of which the model is built, the file that it is from, and the
     tensors of that file which it has no use for.
     """
-    if (folder / DESCRIPTION).exists():
-        raise UserError(f"{folder} already holds a model: name another folder")
-    model, choices, unused = _load(path, arch)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / MODEL)
-    description = {part: {"name": c.name, "options": dict(c.options)} for part, c in choices._asdict().items()}
-    description["source"] = {"file": path.name, "sha256": sha256(path), "unused": unused}
-    # Last, so that what has a description is whole.
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    with new_folder(folder) as partial:
+        model, choices, unused = _load(path, arch)
+        description = {part: {"name": c.name, "options": dict(c.options)} for part, c in choices._asdict().items()}
+        description["source"] = {"file": path.name, "sha256": sha256(path), "unused": unused}
+        write(partial, description, model.state_dict())
     return description
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to that takes its name, and appears, if nothing went wrong. UserError where it exists."""
+    if folder.exists():
+        raise UserError(f"{folder} exists already: name a new folder")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write(folder: Path, description: Mapping[str, Any], state: Mapping[str, Tensor] | None = None) -> None:
+    """What a model is built from and, where given, all its tensors."""
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+    if state is not None:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / MODEL)
 
 
 def describe(folder: Path) -> tuple[Choices, dict[str, Any]]:

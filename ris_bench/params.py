@@ -201,7 +201,7 @@ def count_pair(pair: Pair) -> Counts:
     """Count on the meta device: no data, no weights, no memory. Raises UserError for an impossible pair."""
     with torch.device("meta"):
         backbone = BACKBONES.build(pair.backbone, None)
-        prompts = [site for tower in (backbone.image, backbone.text) for site in tower.sites() if site.kind == "prompt"]
+        prompts = backbone.sites("prompt", ("text",))
         model = RISModel(backbone, METHODS.build(pair.method, backbone), HEADS.build(pair.head, backbone))
     in_backbone = count(model.backbone, model.method, tunable=True)
     prompt = count(*(getattr(site.parent, site.attr) for site in prompts), tunable=True)

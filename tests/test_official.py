@@ -369,7 +369,7 @@ def test_a_folder_is_not_written_twice(tmp_path, capsys):
     arguments = ["import-official", str(path), "--out", str(tmp_path / "a")]
     assert main(arguments) == 0
     assert main(arguments) == 2
-    assert "already holds a model" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
