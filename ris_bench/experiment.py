@@ -22,6 +22,9 @@ from ris_bench.methods.base import METHODS
 from ris_bench.plugins import Plugin
 from ris_bench.records import Choice, Evaluation, Result, Training, Trial
 
+Grid = dict[str, dict[str, Located]]
+"""Values by label, by axis."""
+
 CHOICES = {"dataset": DATASETS, "backbone": BACKBONES, "method": METHODS, "head": HEADS}
 
 
@@ -46,11 +49,11 @@ class Experiment:
     notes: tuple[str, ...]
     path: Path
     axes: Mapping[str, tuple[str, ...]]
-    """Labels by axis, in the order of the file; the axes of `choose` come last."""
+    """Labels by axis, of all grids, in the order of the file; the axes of `choose` come last."""
     choose: tuple[str, ...]
     """Axes of which each cell uses one value: the one that scores best on the validation split with the first seed."""
     runs: tuple[Run, ...]
-    """The whole product of the axes."""
+    """The whole product of the axes, grid by grid."""
     table: Layout
     assignments: tuple[str, ...]
     """What was set on the command line."""
@@ -63,14 +66,15 @@ class Experiment:
         Where values are to be chosen, a cell asks for all of them with the first seed, and for the other seeds of the
         best one as soon as it is known.
         """
-        wanted = {run.trial.id for cell in self._cells() for run in self._stages(cell, results)[0]}
+        wanted = {run.trial.id for cell in self.cells() for run in self._stages(cell, results)[0]}
         return [run.trial for run in self.runs if run.trial.id in wanted]
 
     def reported(self, results: Mapping[str, Result]) -> list[Run]:
         """The runs that the table shows: with the chosen values, or all values of a cell in which every one failed."""
-        return [run for cell in self._cells() for run in self._stages(cell, results)[1]]
+        return [run for cell in self.cells() for run in self._stages(cell, results)[1]]
 
-    def _cells(self) -> list[list[Run]]:
+    def cells(self) -> list[list[Run]]:
+        """Runs that differ in nothing but the seed and what is chosen."""
         cells: dict[tuple[str, ...], list[Run]] = {}
         for run in self.runs:
             key = tuple(label for axis, label in run.axes.items() if axis not in ("seed", *self.choose))
@@ -100,6 +104,9 @@ def _selection_score(result: Result) -> float:
 def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
     """Read an experiment file; each assignment `key=value` replaces a key of `defaults`, or an axis by one value.
 
+    `grid` is one product of axes, or a list of products of the same axes, where not every pair is possible or wanted.
+    Of several, an assignment to an axis keeps those that have its value; where none has, it replaces the values of all.
+
     Raises UserError, which begins with FILE:LINE or with the assignment, for all that cannot be run or tabulated as it
     is written. The file is checked as it stands first, so that its table is known to fit its own grid.
     """
@@ -109,17 +116,17 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
         required=("name", "title", "defaults", "grid", "table"),
     )
     plugged = _plugins(top["plugins"], path.parent) if "plugins" in top else ()
-    defaults, grid = top["defaults"], top["grid"].mapping("grid")
+    defaults = top["defaults"]
     choose = top["choose"].mapping("choose") if "choose" in top else {}
     _trial(defaults)
-    _check_keys(grid, choose)
-    axes = {key: _labelled(key, item.items(key)) for key, item in {**grid, **choose}.items()}
-    runs = _runs(defaults, axes, choose)
-    table = read_layout(top["table"], {key: axes[key] for key in grid}, choose, runs)
+    grids = _grids(top["grid"], choose)
+    runs = _runs(defaults, grids, choose)
+    axes = _union(grids)
+    table = read_layout(top["table"], {key: axes[key] for key in axes if key not in choose}, choose, runs)
     for assignment in assignments:
-        defaults, axes = _assign(assignment, defaults, axes)
+        defaults, grids = _assign(assignment, defaults, grids)
     if assignments:
-        runs = _runs(defaults, axes, choose)
+        runs, axes = _runs(defaults, grids, choose), _union(grids)
         # A column about values that are no longer there has nothing to show.
         kept = (c for c in table.columns if all(label in axes[axis] for axis, label in c.where.items()))
         table = replace(table, columns=tuple(kept))
@@ -128,7 +135,7 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
         title=top["title"].typed(str, "title"),
         notes=top["notes"].typed(tuple[str, ...], "notes") if "notes" in top else (),
         path=path,
-        axes={key: tuple(values) for key, values in axes.items()},
+        axes=axes,
         choose=tuple(key for key in choose if len(axes[key]) > 1),
         runs=tuple(runs),
         table=table,
@@ -250,50 +257,73 @@ def _resolved(key: str, item: Located) -> Any:
     return _choice(key, item) if key in CHOICES else item.plain()
 
 
-def _labelled(key: str, items: list[Located]) -> dict[str, Located]:
-    """The values of an axis by label: the name, with the options in which it differs from others of the name."""
-    values = [_resolved(key, item) for item in items]
-    labelled: dict[str, Located] = {}
-    for index, (value, item) in enumerate(zip(values, items, strict=True)):
-        if value in values[:index]:
-            raise item.error(f"{key} has the value {item.plain()!r} twice; a value is given once; remove one")
-        label = str(value)
-        if isinstance(value, Choice):
-            rivals = [other.options for other in values if other.name == value.name]
-            differing = {k: v for k, v in value.options.items() if any(options[k] != v for options in rivals)}
-            label = value.name + (f"({', '.join(f'{k}={v}' for k, v in differing.items())})" if differing else "")
-        labelled[label] = item
+def _grids(item: Located, choose: Mapping[str, Located]) -> list[Grid]:
+    written = [grid.mapping("grid") for grid in (item.items("grid") if isinstance(item.value, list) else [item])]
+    for grid, other in product(written, written):
+        if missing := [key for key in other if key not in grid]:
+            place = next(iter(grid.values()), item)
+            raise place.error(f"this grid lacks {', '.join(missing)}; all grids of a list have the same axes; add it")
+    _check_keys(written[0], choose)
+    labelled = {key: _labelled(key, [{**grid, **choose}[key] for grid in written]) for key in (*written[0], *choose)}
+    return [{key: labels[index] for key, labels in labelled.items()} for index in range(len(written))]
+
+
+def _labelled(key: str, lists: Sequence[Located]) -> list[dict[str, Located]]:
+    """The values of an axis by label, for every grid: the name, with the options in which it differs from namesakes."""
+    resolved = [[(_resolved(key, item), item) for item in values.items(key)] for values in lists]
+    every = [value for values in resolved for value, _ in values]
+    labelled = []
+    for values in resolved:
+        labels = {}
+        for value, item in values:
+            label = _label(next(equal for equal in every if equal == value), every)
+            if label in labels:
+                raise item.error(f"{key} has the value {item.plain()!r} twice; a value is given once; remove one")
+            labels[label] = item
+        labelled.append(labels)
     return labelled
 
 
-def _runs(defaults: Located, axes: Mapping[str, Mapping[str, Located]], choose: Collection[str]) -> list[Run]:
-    runs = []
-    for labels in product(*axes.values()):
+def _label(value: Any, every: Sequence[Any]) -> str:
+    if not isinstance(value, Choice):
+        return str(value)
+    rivals = [other.options for other in every if other.name == value.name]
+    differing = {k: v for k, v in value.options.items() if any(options[k] != v for options in rivals)}
+    return value.name + (f"({', '.join(f'{k}={v}' for k, v in differing.items())})" if differing else "")
+
+
+def _union(grids: Sequence[Grid]) -> dict[str, tuple[str, ...]]:
+    return {key: tuple(dict.fromkeys(label for grid in grids for label in grid[key])) for key in grids[0]}
+
+
+def _runs(defaults: Located, grids: Sequence[Grid], choose: Collection[str]) -> list[Run]:
+    runs: dict[tuple[str, ...], Run] = {}
+    for keyed, labels in ((grid, labels) for grid in grids for labels in product(*grid.values())):
         document = defaults
-        for (key, values), label in zip(axes.items(), labels, strict=True):
+        for (key, values), label in zip(keyed.items(), labels, strict=True):
             document = document.put(key.split("."), values[label], "defaults")
         trial = _trial(document)
         splits = trial.eval.splits or DATASETS.build(trial.dataset).eval_splits
         if choose and trial.eval.select_on not in splits:
             item = document.value["eval"].value["splits"]
             raise item.error(f"{', '.join(choose)} is chosen on {trial.eval.select_on}, not among eval.splits; add it")
-        runs.append(Run(trial=trial, axes=dict(zip(axes, labels, strict=True)), splits=splits))
-    return runs
+        # What several grids hold is one run.
+        runs.setdefault(labels, Run(trial=trial, axes=dict(zip(keyed, labels, strict=True)), splits=splits))
+    return list(runs.values())
 
 
-def _assign(
-    assignment: str, defaults: Located, axes: dict[str, dict[str, Located]]
-) -> tuple[Located, dict[str, dict[str, Located]]]:
+def _assign(assignment: str, defaults: Located, grids: list[Grid]) -> tuple[Located, list[Grid]]:
     key, equals, text = assignment.partition("=")
     place = f"--set {assignment}"
     value = read(text, lambda line: place)
     if not (key and equals):
         raise value.error("this sets nothing; write --set key=value with a key of defaults, such as train.epochs=2")
-    if key in axes:
+    if key in grids[0]:
         wanted = _resolved(key, value)
-        same = [label for label, item in axes[key].items() if _resolved(key, item) == wanted]
-        return defaults, {**axes, key: {label: value for label in same} or _labelled(key, [value])}
-    for axis in axes:
+        same = [{label: value for label, item in grid[key].items() if _resolved(key, item) == wanted} for grid in grids]
+        kept = [{**grid, key: values} for grid, values in zip(grids, same, strict=True) if values]
+        return defaults, kept or [{**grid, key: {_label(wanted, []): value}} for grid in grids]
+    for axis in grids[0]:
         if axis.startswith(f"{key}.") or key.startswith(f"{axis}."):
             raise value.error(f"{key} would not act, because the experiment varies {axis}; set {axis} instead")
-    return defaults.put(key.split("."), value, "defaults"), axes
+    return defaults.put(key.split("."), value, "defaults"), grids

@@ -39,11 +39,11 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A row for each label of the axis `rows`, in the order of the axis."""
+    """A row for each label of the axis `rows`; of several axes, for each combination that the experiment has."""
 
-    rows: str
+    rows: tuple[str, ...]
     labels: Mapping[str, str]
-    """What is printed instead of a label of the axis."""
+    """What is printed instead of a label of these axes."""
     columns: tuple[Column, ...]
 
 
@@ -59,15 +59,21 @@ def read_layout(
         runs: all runs.
     """
     items = item.keys("table", ("rows", "labels", "columns"), ("rows", "columns"))
-    rows = items["rows"].typed(str, "table.rows")
-    if rows not in grid:
-        raise items["rows"].error(
-            f"table.rows is {rows!r}; it must be an axis of the grid: {', '.join(grid) or 'it has none'}"
+    written = items["rows"]
+    rows = written.typed(tuple[str, ...] if isinstance(written.value, list) else str, "table.rows")
+    rows = (rows,) if isinstance(rows, str) else rows
+    if not rows or len(set(rows)) < len(rows) or not set(rows) <= set(grid):
+        axes = ", ".join(grid) or "it has none"
+        raise written.error(
+            f"table.rows is {written.plain()!r}; it must be an axis of the grid, or a list of some, each once: {axes}"
         )
     labels = items["labels"].mapping("table.labels") if "labels" in items else {}
+    known = [label for axis in rows for label in grid[axis]]
     for label, text in labels.items():
-        if label not in grid[rows]:
-            raise text.error(f"table.labels has {label!r}, which is no value of {rows}: {', '.join(grid[rows])}")
+        if label not in known:
+            raise text.error(
+                f"table.labels has {label!r}, which is no value of {' or '.join(rows)}: {', '.join(known)}"
+            )
     return Layout(
         rows=rows,
         labels={label: text.typed(str, f"table.labels.{label}") for label, text in labels.items()},
@@ -76,7 +82,11 @@ def read_layout(
 
 
 def _column(
-    item: Located, rows: str, grid: Mapping[str, Collection[str]], choose: Collection[str], runs: Sequence[Run]
+    item: Located,
+    rows: Collection[str],
+    grid: Mapping[str, Collection[str]],
+    choose: Collection[str],
+    runs: Sequence[Run],
 ) -> Column:
     column = item.record(Column, "column")
     column = replace(column, where={axis: str(label) for axis, label in column.where.items()})
@@ -106,7 +116,7 @@ def _column(
 
     if value in METRICS or value in COSTS:
         # What a cell averages must differ in nothing but the seed.
-        mixed = [axis for axis in grid if axis not in (rows, "seed", *column.where) and len(grid[axis]) > 1]
+        mixed = [axis for axis in grid if axis not in (*rows, "seed", *column.where) and len(grid[axis]) > 1]
         hint = f"where: {{{', '.join(f'{axis}: {next(iter(grid[axis]))}' for axis in mixed)}}}"
         require(not mixed, "where", f"it would average over every {' and '.join(mixed)}; limit it, as in {hint}")
     if value in METRICS:

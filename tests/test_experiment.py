@@ -208,6 +208,8 @@ REFUSED = [
     ("table:", "choose:\n  eval.threshold: [0.3, 0.5] #!\ntable:", "eval.threshold cannot be chosen"),
     ("table:", "choose: train.lr #!\ntable:", "choose is 'train.lr'", "mapping"),
     ("rows: method", "rows: head #!", "table.rows is 'head'", "dataset, method, seed"),
+    ("rows: method", "rows: [method, method] #!", "table.rows is ['method', 'method']", "each once"),
+    ("rows: method", "rows: [] #!", "table.rows is []", "an axis of the grid"),
     ("{full: Full, lora: LoRA}", "{ful: Full} #!", "'ful'", "full, lora"),
     ("{full: Full, lora: LoRA}", "{full: 1} #!", "table.labels.full is 1", "str"),
     ("value: miou", "\n       value: mious #!\n       ", "value is 'mious'", "miou, oiou, pr@0.5", "params.total"),
@@ -272,7 +274,7 @@ def test_a_tag_runs_nothing(tmp_path):
         (TEXT.replace("grid:", "grid: {}\nrest:", 1), ":20: the experiment has no key 'rest'"),
         (
             TEXT[: TEXT.index("grid:")] + "grid: {}\n" + TEXT[TEXT.index("table:") :],
-            ":21: table.rows is 'method'; it must be an axis of the grid: it has none",
+            ":21: table.rows is 'method'; it must be an axis of the grid, or a list of some, each once: it has none",
         ),
         (TEXT[: TEXT.index("columns:")] + "columns: []\n", ":26: table.columns is []"),
     ],
@@ -312,6 +314,64 @@ def test_an_assignment_replaces_an_axis_by_one_value(tmp_path):
 def test_an_assignment_keeps_the_label_of_a_value_that_is_on_the_axis(tmp_path):
     variants = ("[full, lora]", "[lora: {scale: 2}, lora]"), ("{full: Full, lora: LoRA}", "{}")
     assert read(tmp_path, *variants, sets=("method=lora",)).axes["method"] == ("lora(scale=1.0)",)
+
+
+GRIDS = """\
+grid:
+  - dataset: [refcoco, refcoco+]
+    method: [full, lora: {text_rank: 4}]
+    seed: [0, 1]
+  - dataset: [refcoco]
+    method: [full, lora, bridger]
+    seed: [0]
+table:"""
+"""The list of grids in place of the one of TEXT."""
+
+
+def read_grids(tmp_path, grids: str = GRIDS, sets: tuple[str, ...] = ()) -> Experiment:
+    start, end = TEXT.index("grid:"), TEXT.index("table:")
+    return read(tmp_path, (TEXT[start:end] + "table:", grids), ("{full: Full, lora: LoRA}", "{}"), sets=sets)
+
+
+def combinations(experiment: Experiment) -> list[tuple[str, ...]]:
+    return [tuple(run.axes.values()) for run in experiment.runs]
+
+
+LORA4, LORA1 = "lora(text_rank=4)", "lora(text_rank=1)"
+
+
+def test_a_list_of_grids_holds_what_any_of_them_holds(tmp_path):
+    experiment = read_grids(tmp_path)
+    assert experiment.axes["method"] == ("full", LORA4, LORA1, "bridger")
+    both = [(d, m, s) for d in ("refcoco", "refcoco+") for m in ("full", LORA4) for s in "01"]
+    assert combinations(experiment) == [*both, ("refcoco", LORA1, "0"), ("refcoco", "bridger", "0")]
+    assert len({trial.id for trial in experiment.trials()}) == 10
+
+
+def test_of_several_grids_an_assignment_keeps_those_that_have_the_value(tmp_path):
+    assert combinations(read_grids(tmp_path, sets=("seed=1", "dataset=refcoco"))) == [
+        ("refcoco", "full", "1"),
+        ("refcoco", LORA4, "1"),
+    ]
+    assert combinations(read_grids(tmp_path, sets=("method=bridger",))) == [("refcoco", "bridger", "0")]
+    # What none has, all get, and what is then the same is run once.
+    frozen = read_grids(tmp_path, sets=("method=frozen",))
+    assert combinations(frozen) == [(d, "frozen", s) for d in ("refcoco", "refcoco+") for s in "01"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("    seed: [0]\n", "", (":23: this grid lacks seed", "the same axes")),
+        ("    seed: [0]\n", "    seed: [0]\n    head: [etris]\n", (":20: this grid lacks head",)),
+        ("  - dataset: [refcoco]\n    method", "  - 3\n  - method", ("grid is 3",)),
+        ("[full, lora, bridger]", "[full, full]", (":24: method has the value 'full' twice",)),
+    ],
+)
+def test_a_list_of_grids_that_do_not_fit_is_refused(tmp_path, old, new, parts):
+    with pytest.raises(UserError) as caught:
+        read_grids(tmp_path, GRIDS.replace(old, new, 1))
+    assert all(part in str(caught.value) for part in parts), str(caught.value)
 
 
 @pytest.mark.parametrize(

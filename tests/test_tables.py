@@ -287,3 +287,48 @@ def test_the_latex_compiles(tmp_path):
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "document.tex"]
     compiled = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert compiled.returncode == 0, compiled.stdout
+
+
+GROUPED = (
+    TEXT[: TEXT.index("grid:")]
+    + """\
+grid:
+  - {backbone: [clip-r101, clip-r50], method: [frozen, lora], seed: [0, 1]}
+  - {backbone: [dinov2-b], method: [frozen, detris], seed: [0]}
+table:
+  rows: [backbone, method]
+  labels: {frozen: Fix Backbone, clip-r50: "CLIP [R50]"}
+  columns:
+    - {header: RefCOCO, value: miou, splits: [val], best: max}
+"""
+)
+
+
+def test_rows_of_several_axes_stand_in_groups(tmp_path):
+    experiment = read(tmp_path, GROUPED)
+    scores = {"clip-r101": 0.2, "clip-r50": 0.1, "dinov2-b": 0.3, "lora": 0.05, "detris": -0.05, "frozen": 0.0}
+    results = {
+        t.id: done(t, {"val": (scores[t.backbone.name] + scores[t.method.name] + t.seed / 100, 0.1)}, tuned=0)
+        for t in experiment.trials()
+    }
+    table = render(experiment, results)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.markdown.splitlines() if line[:1] == "|"]
+    assert rows[0] == ["Backbone", "Method", "RefCOCO mIoU val"]
+    assert rows[2:] == [
+        ["clip-r101", "Fix Backbone", "20.50 ± 0.71"],
+        ["", "lora", "**25.50** ± 0.71"],
+        ["CLIP [R50]", "Fix Backbone", "10.50 ± 0.71"],
+        ["", "lora", "**15.50** ± 0.71"],
+        ["dinov2-b", "Fix Backbone", "**30.00**"],
+        ["", "detris", "25.00"],
+    ]
+    assert "- Mean ± sample standard deviation over 2 seeds (0, 1), one seed (0) where there is no ±." in table.markdown
+    assert [row[:2] for row in csv.reader(table.csv.splitlines())][3:5] == [
+        ["CLIP [R50]", "Fix Backbone"],
+        ["CLIP [R50]", "lora"],
+    ]
+    lines = table.latex.splitlines()
+    assert r"\begin{tabular}{llr}" in lines and r" &  & \multicolumn{1}{c}{RefCOCO mIoU} \\" in lines
+    start = lines.index(r"CLIP {[}R50] & Fix Backbone & 10.50 $\pm$ 0.71 \\")
+    assert lines[start - 1] == lines[start + 2] == r"\midrule"
+    assert lines[start + 1] == r" & lora & \textbf{15.50} $\pm$ 0.71 \\"

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
@@ -90,10 +90,22 @@ class _Cell:
 
 @dataclass(frozen=True)
 class _Body:
-    corner: str
+    corner: tuple[str, ...]
+    """Headers of the labels."""
     leaves: tuple[_Leaf, ...]
-    rows: tuple[tuple[str, tuple[_Cell, ...]], ...]
+    rows: tuple[tuple[tuple[str, ...], tuple[_Cell, ...]], ...]
     """Labels and cells."""
+
+    def groups(self) -> Iterator[list[tuple[list[str], tuple[_Cell, ...]]]]:
+        """The rows that share all labels but the last; a label is blank where the row above it has the same."""
+        above: tuple[str, ...] = ()
+        for _, rows in groupby(self.rows, key=lambda row: row[0][:-1]):
+            group = []
+            for labels, cells in rows:
+                shared = len(os.path.commonprefix([labels[:-1], above]))
+                group.append(([*[""] * shared, *labels[shared:]], cells))
+                above = labels
+            yield group
 
 
 def render(experiment: Experiment, results: Mapping[str, Result]) -> Table:
@@ -104,16 +116,25 @@ def render(experiment: Experiment, results: Mapping[str, Result]) -> Table:
     """
     layout = experiment.table
     leaves = tuple(_Leaf(column, split) for column in layout.columns for split in column.splits or ("",))
-    labels = experiment.axes[layout.rows]
     reported = experiment.reported(results)
+    # Of the product of the axes only what the experiment has.
+    had = {tuple(run.axes[axis] for axis in layout.rows) for run in experiment.runs}
+    keys = [labels for labels in product(*(experiment.axes[axis] for axis in layout.rows)) if labels in had]
     by_leaf = []
     for leaf in leaves:
-        where = leaf.column.where.items()
-        runs = [run for run in reported if where <= run.axes.items()]
-        cells = [_cell(leaf, [run for run in runs if run.axes[layout.rows] == label], results) for label in labels]
-        by_leaf.append(_with_best(leaf, cells))
-    rows = tuple((layout.labels.get(label, label), tuple(c[i] for c in by_leaf)) for i, label in enumerate(labels))
-    corner = layout.rows if "." in layout.rows else layout.rows.capitalize()
+        runs = [run for run in reported if leaf.column.where.items() <= run.axes.items()]
+        cells = []
+        for _, group in groupby(keys, key=lambda labels: labels[:-1]):
+            wanted = (dict(zip(layout.rows, labels, strict=True)).items() for labels in group)
+            cells += _with_best(
+                leaf, [_cell(leaf, [run for run in runs if row <= run.axes.items()], results) for row in wanted]
+            )
+        by_leaf.append(cells)
+    rows = tuple(
+        (tuple(layout.labels.get(label, label) for label in labels), cells)
+        for labels, cells in zip(keys, zip(*by_leaf, strict=True), strict=True)
+    )
+    corner = tuple(axis if "." in axis else axis.capitalize() for axis in layout.rows)
     body = _Body(corner, leaves, rows)
     notes = list(_notes(experiment, results, body))
     return Table(
@@ -174,15 +195,18 @@ def _notes(experiment: Experiment, results: Mapping[str, Result], body: _Body) -
         )
     if any(leaf.split.endswith("/shuffled") for leaf in body.leaves):
         yield "SPLIT/shuffled: the expressions of the split are dealt out to other referents."
-    seeds = _distinct(trial.seed for trial in trials)
-    several = f"Mean ± sample standard deviation over {len(seeds)} seeds ({', '.join(seeds)})."
-    yield several if len(seeds) > 1 else f"One seed ({seeds[0]})."
+    seeds = _distinct(", ".join(_distinct(run.trial.seed for run in cell)) for cell in experiment.cells())
+    several = " or ".join(f"{len(each.split(', '))} seeds ({each})" for each in seeds if "," in each)
+    single = " or ".join(f"one seed ({each})" for each in seeds if "," not in each)
+    alone = f", {single} where there is no ±" if single else ""
+    yield f"Mean ± sample standard deviation over {several}{alone}." if several else f"{single.capitalize()}."
     selected = " or ".join(_distinct(f"{t.eval.select_on} by {METRICS[t.eval.metric]}" for t in trials))
     trained = " or ".join(_distinct(trial.train.split for trial in trials))
     yield f"Trained on {trained}; checkpoint selected on {selected}."
+    first = " or ".join(_distinct(cell[0].trial.seed for cell in experiment.cells()))
     for axis in experiment.choose:
         values = ", ".join(experiment.axes[axis])
-        yield f"{axis} is chosen per cell out of {values}, on {selected}, with seed {seeds[0]}."
+        yield f"{axis} is chosen per cell out of {values}, on {selected}, with seed {first}."
     if experiment.assignments:
         yield f"Set on the command line: {', '.join(experiment.assignments)}."
     yield from experiment.notes
@@ -216,10 +240,14 @@ def _markdown(body: _Body, title: str, notes: Iterable[str]) -> str:
         return f"{text}{spread}{' †' if cell.partial else ''}"
 
     lines = tabulate(
-        [[plain(label), *map(printed, body.leaves, cells)] for label, cells in body.rows],
-        headers=[plain(body.corner), *(plain(leaf.title) for leaf in body.leaves)],
+        [
+            [*map(plain, labels), *map(printed, body.leaves, cells)]
+            for group in body.groups()
+            for labels, cells in group
+        ],
+        headers=[*map(plain, body.corner), *(plain(leaf.title) for leaf in body.leaves)],
         tablefmt="pipe",
-        colalign=("left", *("right" for _ in body.leaves)),
+        colalign=(*("left" for _ in body.corner), *("right" for _ in body.leaves)),
         disable_numparse=True,
     )
     return f"**{plain(title)}**\n\n{lines}\n\n" + "".join(f"- {plain(note)}\n" for note in notes)
@@ -256,8 +284,8 @@ def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
     def row(cells: Iterable[str]) -> str:
         return rf"{' & '.join(cells)} \\"
 
-    header = [row([plain(body.corner), *(plain(leaf.split or leaf.group) for leaf in body.leaves)])]
-    above, rules, end = [""], [], 1
+    header = [row([*map(plain, body.corner), *(plain(leaf.split or leaf.group) for leaf in body.leaves)])]
+    above, rules, end = [""] * len(body.corner), [], len(body.corner)
     for _, group in groupby(body.leaves, key=lambda leaf: id(leaf.column)):
         leaves = list(group)
         start, end = end + 1, end + len(leaves)
@@ -268,17 +296,22 @@ def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
             above.append("")
     if rules:
         header = [row(above), " ".join(rules), *header]
+    lines = []
+    for group in body.groups():
+        lines += [
+            r"\midrule",
+            *(row([*map(plain, labels), *map(printed, body.leaves, cells)]) for labels, cells in group),
+        ]
     return "\n".join(
         [
             r"\begin{table}[t]",
             r"\centering",
             rf"\caption{{{plain(title)}}}",
             rf"\label{{tab:{label}}}",
-            rf"\begin{{tabular}}{{l{'r' * len(body.leaves)}}}",
+            rf"\begin{{tabular}}{{{'l' * len(body.corner)}{'r' * len(body.leaves)}}}",
             r"\toprule",
             *header,
-            r"\midrule",
-            *(row([plain(label), *map(printed, body.leaves, cells)]) for label, cells in body.rows),
+            *lines,
             r"\bottomrule",
             r"\end{tabular}",
             "",
@@ -304,8 +337,8 @@ def _csv(body: _Body) -> str:
 
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([body.corner, *expand((leaf.title, f"{leaf.title} std") for leaf in body.leaves)])
-    for label, cells in body.rows:
+    writer.writerow([*body.corner, *expand((leaf.title, f"{leaf.title} std") for leaf in body.leaves)])
+    for labels, cells in body.rows:
         texts = ((number(c.number) or c.text.replace("–", ""), number(c.spread)) for c in cells)
-        writer.writerow([label, *expand(texts)])
+        writer.writerow([*labels, *expand(texts)])
     return file.getvalue()
