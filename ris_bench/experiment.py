@@ -49,7 +49,7 @@ class Experiment:
     notes: tuple[str, ...]
     path: Path
     axes: Mapping[str, tuple[str, ...]]
-    """Labels by axis, of all grids, in the order of the file; the axes of `choose` come last."""
+    """Labels by axis, of all grids, in the order of the file."""
     choose: tuple[str, ...]
     """Axes of which each cell uses one value: the one that scores best on the validation split with the first seed."""
     runs: tuple[Run, ...]
@@ -117,9 +117,9 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
     )
     plugged = _plugins(top["plugins"], path.parent) if "plugins" in top else ()
     defaults = top["defaults"]
-    choose = top["choose"].mapping("choose") if "choose" in top else {}
     _trial(defaults)
-    grids = _grids(top["grid"], choose)
+    grids = _grids(top["grid"])
+    choose = _chosen(top["choose"], grids[0]) if "choose" in top else ()
     runs = _runs(defaults, grids, choose)
     axes = _union(grids)
     table = read_layout(top["table"], {key: axes[key] for key in axes if key not in choose}, choose, runs)
@@ -240,32 +240,33 @@ def _rules(trial: Trial, dataset: Dataset) -> Iterator[tuple[str, bool, str]]:
     yield "seed", 0 <= trial.seed < 2**32, "from 0 to 4294967295"
 
 
-def _check_keys(grid: Mapping[str, Located], choose: Mapping[str, Located]) -> None:
-    for key, item in choose.items():
-        if key in grid:
-            raise item.error(f"{key} is an axis of the grid too; a value is either varied or chosen; remove one")
-        if key.split(".")[0] in ("dataset", "eval", "seed"):
-            raise item.error(
-                f"{key} cannot be chosen by a score; keys of backbone, method, head and train can; remove it"
-            )
-    for (outer, _), (inner, item) in permutations({**grid, **choose}.items(), 2):
-        if inner.startswith(f"{outer}."):
-            raise item.error(f"{inner} is a part of {outer}, which is an axis itself; keep one of them")
-
-
 def _resolved(key: str, item: Located) -> Any:
     return _choice(key, item) if key in CHOICES else item.plain()
 
 
-def _grids(item: Located, choose: Mapping[str, Located]) -> list[Grid]:
+def _grids(item: Located) -> list[Grid]:
     written = [grid.mapping("grid") for grid in (item.items("grid") if isinstance(item.value, list) else [item])]
     for grid, other in product(written, written):
         if missing := [key for key in other if key not in grid]:
             place = next(iter(grid.values()), item)
             raise place.error(f"this grid lacks {', '.join(missing)}; all grids of a list have the same axes; add it")
-    _check_keys(written[0], choose)
-    labelled = {key: _labelled(key, [{**grid, **choose}[key] for grid in written]) for key in (*written[0], *choose)}
+    for (outer, _), (inner, value) in permutations(written[0].items(), 2):
+        if inner.startswith(f"{outer}."):
+            raise value.error(f"{inner} is a part of {outer}, which is an axis itself; keep one of them")
+    labelled = {key: _labelled(key, [grid[key] for grid in written]) for key in written[0]}
     return [{key: labels[index] for key, labels in labelled.items()} for index in range(len(written))]
+
+
+def _chosen(item: Located, axes: Collection[str]) -> tuple[str, ...]:
+    for entry in item.items("choose"):
+        key = entry.typed(str, "choose")
+        if key not in axes:
+            raise entry.error(f"choose has {key!r}; it must be an axis of the grid: {', '.join(axes) or 'it has none'}")
+        if key.split(".")[0] in ("dataset", "eval", "seed"):
+            raise entry.error(
+                f"{key} cannot be chosen by a score; keys of backbone, method, head and train can; remove it"
+            )
+    return item.typed(tuple[str, ...], "choose")
 
 
 def _labelled(key: str, lists: Sequence[Located]) -> list[dict[str, Located]]:

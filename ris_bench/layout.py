@@ -116,7 +116,13 @@ def _column(
 
     if value in METRICS or value in COSTS:
         # What a cell averages must differ in nothing but the seed.
-        mixed = [axis for axis in grid if axis not in (*rows, "seed", *column.where) and len(grid[axis]) > 1]
+        fixed = (*rows, *column.where)
+        cells: dict[tuple[str, ...], dict[str, set[str]]] = {}
+        for run in (run for run in runs if column.where.items() <= run.axes.items()):
+            cell = cells.setdefault(tuple(run.axes[axis] for axis in fixed), {})
+            for axis in (axis for axis in grid if axis not in (*fixed, "seed")):
+                cell.setdefault(axis, set()).add(run.axes[axis])
+        mixed = [axis for axis in grid if any(len(cell.get(axis, ())) > 1 for cell in cells.values())]
         hint = f"where: {{{', '.join(f'{axis}: {next(iter(grid[axis]))}' for axis in mixed)}}}"
         require(not mixed, "where", f"it would average over every {' and '.join(mixed)}; limit it, as in {hint}")
     if value in METRICS:

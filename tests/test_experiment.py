@@ -41,7 +41,7 @@ table:
     - {header: RefCOCO+, value: oiou, where: {dataset: refcoco+}, splits: [val]}
 """
 
-CHOOSE = "choose:\n  train.lr: [1.0e-3, 1.0e-4]\ntable:"
+CHOOSE = "  train.lr: [1.0e-3, 1.0e-4]\nchoose: [train.lr]\ntable:"
 
 
 def read(tmp_path: Path, *replacements: tuple[str, str], text: str = TEXT, sets: tuple[str, ...] = ()) -> Experiment:
@@ -204,9 +204,9 @@ REFUSED = [
     ("seed: [0, 1]", "seed: [0, 1]\n  train.lr: [1.0e-4, 1e-3] #!", "'1e-3'", "as a string"),
     ("seed: [0, 1]", "seed: [0, 1]\n  method.lora: [{}] #!", "method.lora is a part of method"),
     ("seed: [0, 1]", "seed: [0, 1]\n  eval.splits:\n    - [val]\n    - [test] #!", "['test']", "val, testA, testB"),
-    ("table:", "choose:\n  seed: [0, 1] #!\ntable:", "seed is an axis of the grid too"),
-    ("table:", "choose:\n  eval.threshold: [0.3, 0.5] #!\ntable:", "eval.threshold cannot be chosen"),
-    ("table:", "choose: train.lr #!\ntable:", "choose is 'train.lr'", "mapping"),
+    ("table:", "choose: [seed] #!\ntable:", "seed cannot be chosen"),
+    ("table:", "choose: [train.lr] #!\ntable:", "choose has 'train.lr'", "dataset, method, seed"),
+    ("table:", "choose: train.lr #!\ntable:", "choose is 'train.lr'", "list"),
     ("rows: method", "rows: head #!", "table.rows is 'head'", "dataset, method, seed"),
     ("rows: method", "rows: [method, method] #!", "table.rows is ['method', 'method']", "each once"),
     ("rows: method", "rows: [] #!", "table.rows is []", "an axis of the grid"),
@@ -357,6 +357,17 @@ def test_of_several_grids_an_assignment_keeps_those_that_have_the_value(tmp_path
     # What none has, all get, and what is then the same is run once.
     frozen = read_grids(tmp_path, sets=("method=frozen",))
     assert combinations(frozen) == [(d, "frozen", s) for d in ("refcoco", "refcoco+") for s in "01"]
+
+
+def test_a_cell_may_differ_from_others_but_not_in_itself(tmp_path):
+    epochs = GRIDS.replace("seed: [0, 1]", "seed: [0, 1]\n    train.epochs: [9]")
+    one = epochs.replace("[full, lora, bridger]\n", "[lora, bridger]\n    train.epochs: [5]\n")
+    assert len(read_grids(tmp_path, one).runs) == 10
+    several = epochs.replace("[full, lora, bridger]\n", "[full]\n    train.epochs: [5]\n")
+    with pytest.raises(
+        UserError, match="it would average over every train.epochs; limit it, as in where: {train.epochs: 9}"
+    ):
+        read_grids(tmp_path, several)
 
 
 @pytest.mark.parametrize(

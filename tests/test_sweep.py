@@ -38,7 +38,7 @@ table:
   columns:
     - {header: val, value: miou, splits: [val]}
 """
-CHOOSE = "choose:\n  train.lr: [1.0e-3, 1.0e-4, 1.0e-2]\ntable:"
+CHOOSE = "  train.lr: [1.0e-3, 1.0e-4, 1.0e-2]\nchoose: [train.lr]\ntable:"
 
 
 def told(trial: Trial, step: int) -> Progress:

@@ -248,7 +248,7 @@ def test_a_count_that_depends_on_an_open_axis_is_not_averaged(tmp_path):
 
 
 def test_the_chosen_value_is_shown_and_told(tmp_path):
-    text = TEXT.replace("table:", "choose:\n  train.lr: [1.0, 0.5]\ntable:")
+    text = TEXT.replace("table:", "  train.lr: [1.0, 0.5]\nchoose: [train.lr]\ntable:")
     text += "    - {header: LR, value: train.lr, where: {dataset: refcoco}}\n"
     experiment = read(tmp_path, text, sets=("method=frozen",))
     assert cells(render(experiment, {}), "\\*Fix_Backbone") == ["–"] * 6
@@ -293,13 +293,15 @@ GROUPED = (
     TEXT[: TEXT.index("grid:")]
     + """\
 grid:
-  - {backbone: [clip-r101, clip-r50], method: [frozen, lora], seed: [0, 1]}
-  - {backbone: [dinov2-b], method: [frozen, detris], seed: [0]}
+  - {backbone: [clip-r101, clip-r50], method: [frozen, lora], train.lr: [1.0, 0.5], train.epochs: [2], seed: [0, 1]}
+  - {backbone: [dinov2-b], method: [frozen, detris], train.lr: [0.5], train.epochs: [1], seed: [0]}
+choose: [train.lr]
 table:
   rows: [backbone, method]
   labels: {frozen: Fix Backbone, clip-r50: "CLIP [R50]"}
   columns:
     - {header: RefCOCO, value: miou, splits: [val], best: max}
+    - {header: LR, value: train.lr}
 """
 )
 
@@ -309,26 +311,28 @@ def test_rows_of_several_axes_stand_in_groups(tmp_path):
     scores = {"clip-r101": 0.2, "clip-r50": 0.1, "dinov2-b": 0.3, "lora": 0.05, "detris": -0.05, "frozen": 0.0}
     results = {
         t.id: done(t, {"val": (scores[t.backbone.name] + scores[t.method.name] + t.seed / 100, 0.1)}, tuned=0)
-        for t in experiment.trials()
+        for t in (run.trial for run in experiment.runs)
     }
     table = render(experiment, results)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.markdown.splitlines() if line[:1] == "|"]
-    assert rows[0] == ["Backbone", "Method", "RefCOCO mIoU val"]
+    assert rows[0] == ["Backbone", "Method", "RefCOCO mIoU val", "LR"]
     assert rows[2:] == [
-        ["clip-r101", "Fix Backbone", "20.50 ± 0.71"],
-        ["", "lora", "**25.50** ± 0.71"],
-        ["CLIP [R50]", "Fix Backbone", "10.50 ± 0.71"],
-        ["", "lora", "**15.50** ± 0.71"],
-        ["dinov2-b", "Fix Backbone", "**30.00**"],
-        ["", "detris", "25.00"],
+        ["clip-r101", "Fix Backbone", "20.50 ± 0.71", "1.0"],
+        ["", "lora", "**25.50** ± 0.71", "1.0"],
+        ["CLIP [R50]", "Fix Backbone", "10.50 ± 0.71", "1.0"],
+        ["", "lora", "**15.50** ± 0.71", "1.0"],
+        ["dinov2-b", "Fix Backbone", "**30.00**", "0.5"],
+        ["", "detris", "25.00", "0.5"],
     ]
     assert "- Mean ± sample standard deviation over 2 seeds (0, 1), one seed (0) where there is no ±." in table.markdown
+    chosen = "- train.lr is chosen where there are several out of 1.0, 0.5, on val by mIoU, with seed 0."
+    assert chosen in table.markdown
     assert [row[:2] for row in csv.reader(table.csv.splitlines())][3:5] == [
         ["CLIP [R50]", "Fix Backbone"],
         ["CLIP [R50]", "lora"],
     ]
     lines = table.latex.splitlines()
-    assert r"\begin{tabular}{llr}" in lines and r" &  & \multicolumn{1}{c}{RefCOCO mIoU} \\" in lines
-    start = lines.index(r"CLIP {[}R50] & Fix Backbone & 10.50 $\pm$ 0.71 \\")
+    assert r"\begin{tabular}{llrr}" in lines and r" &  & \multicolumn{1}{c}{RefCOCO mIoU} &  \\" in lines
+    start = lines.index(r"CLIP {[}R50] & Fix Backbone & 10.50 $\pm$ 0.71 & 1.0 \\")
     assert lines[start - 1] == lines[start + 2] == r"\midrule"
-    assert lines[start + 1] == r" & lora & \textbf{15.50} $\pm$ 0.71 \\"
+    assert lines[start + 1] == r" & lora & \textbf{15.50} $\pm$ 0.71 & 1.0 \\"

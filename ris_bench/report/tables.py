@@ -203,10 +203,12 @@ def _notes(experiment: Experiment, results: Mapping[str, Result], body: _Body) -
     selected = " or ".join(_distinct(f"{t.eval.select_on} by {METRICS[t.eval.metric]}" for t in trials))
     trained = " or ".join(_distinct(trial.train.split for trial in trials))
     yield f"Trained on {trained}; checkpoint selected on {selected}."
-    first = " or ".join(_distinct(cell[0].trial.seed for cell in experiment.cells()))
     for axis in experiment.choose:
-        values = ", ".join(experiment.axes[axis])
-        yield f"{axis} is chosen per cell out of {values}, on {selected}, with seed {first}."
+        cells = [cell for cell in experiment.cells() if len({run.axes[axis] for run in cell}) > 1]
+        values = " or ".join(_distinct(", ".join(_distinct(run.axes[axis] for run in cell)) for cell in cells))
+        first = " or ".join(_distinct(cell[0].trial.seed for cell in cells))
+        where = "per cell" if len(cells) == len(experiment.cells()) else "where there are several"
+        yield f"{axis} is chosen {where} out of {values}, on {selected}, with seed {first}."
     if experiment.assignments:
         yield f"Set on the command line: {', '.join(experiment.assignments)}."
     yield from experiment.notes
