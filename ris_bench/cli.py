@@ -54,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _add_results(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--results", type=Path, default="results", metavar="DIR", help="where results are kept (default: %(default)s)"
+    )
+
+
 def _add_run(verbs: Any) -> None:
     from_checkout = Path(sys.argv[0]).name == "run_bench.py"
     run = verbs.add_parser(
@@ -77,9 +83,7 @@ def _add_run(verbs: Any) -> None:
         metavar="KEY=VALUE",
         help="replace a key of the experiment's defaults, such as train.epochs=2; may be repeated",
     )
-    run.add_argument(
-        "--results", type=Path, default="results", metavar="DIR", help="where results are kept (default: %(default)s)"
-    )
+    _add_results(run)
     run.add_argument(
         "--data",
         type=Path,
@@ -164,9 +168,7 @@ def _add_export(verbs: Any) -> None:
     export.add_argument(
         "--merge", action="store_true", help="fold what was tuned into the pretrained weights, and write them all"
     )
-    export.add_argument(
-        "--results", type=Path, default="results", metavar="DIR", help="where results are kept (default: %(default)s)"
-    )
+    _add_results(export)
     export.add_argument(
         "--weights", type=Path, metavar="DIR", help="with --merge: where pretrained weights lie (default: as run)"
     )

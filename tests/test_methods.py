@@ -137,8 +137,13 @@ def test_tuned_tensors_of_another_model_are_refused(tmp_path):
         tiny_model("tiny-clip-rn", "lora").load_tuned(tmp_path / "torn.safetensors")
 
 
-def test_a_batch_is_its_samples_in_evaluation(model):
-    model.eval()
+ODD = {"tiny-clip-rn": 96, "tiny-clip-vit": 72, "tiny-dino": 72}
+"""Image sizes of which the coarsest map is a square of odd side, as it is at 416 on a ResNet."""
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["", "odd"])
+def test_a_batch_is_its_samples_in_evaluation(backbone_name, method_name, odd):
+    model = tiny_model(backbone_name, method_name, **({"image_size": ODD[backbone_name]} if odd else {})).eval()
     images, tokens = inputs(model)
     with torch.inference_mode():
         together = model(images, tokens)
@@ -190,6 +195,15 @@ def test_features_of_the_frozen_backbone_do_not_depend_on_the_seed(backbone):
     with torch.inference_mode():
         maps = [model.backbone(images, tokens).maps_BCHW for model in (first, second)]
     assert all(torch.equal(a, b) for a, b in zip(*maps, strict=True))
+
+
+@pytest.mark.parametrize(
+    "backbone, size, unit",
+    [("tiny-clip-rn", 80, 32), ("tiny-clip-vit", 70, 8), ("tiny-dino", 70, 8), ("tiny-dino", 0, 8)],
+)
+def test_image_sizes_that_no_grid_fits_are_refused(backbone, size, unit):
+    with pytest.raises(UserError, match=f"image_size is {size}; it must be a multiple of {unit}"):
+        tiny_model(backbone, "frozen", image_size=size)
 
 
 @pytest.mark.parametrize("backbone, method", sorted(IMPOSSIBLE))

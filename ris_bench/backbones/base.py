@@ -147,7 +147,10 @@ class ImageTower(Tower):
 
 
 class Backbone(nn.Module):
-    """An image tower beside a text tower, with what the rest of the model must know to fit them."""
+    """An image tower beside a text tower, with what the rest of the model must know to fit them.
+
+    Raises UserError for an image size that the coarsest map does not divide: maps of all stages would not fit together.
+    """
 
     def __init__(
         self,
@@ -161,6 +164,12 @@ class Backbone(nn.Module):
         not_pretrained: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
+        coarsest = max(image.strides)
+        if image_size < 1 or image_size % coarsest:
+            raise UserError(
+                f"image_size is {image_size}; it must be a multiple of {coarsest}, the side in pixels of a cell of the "
+                f"backbone's coarsest map"
+            )
         self.image, self.text = image, text
         # Written down before any method wraps a module: the places inside it stay where they are.
         self._sites = {"image": tuple(image.sites()), "text": tuple(text.sites())}

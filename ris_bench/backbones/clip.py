@@ -259,13 +259,7 @@ def clip_r101(weights: Weights | None, *, image_size: int = 416, norm_stats: Nor
 
 @BACKBONES("clip-vit-b16")
 def clip_vit_b16(weights: Weights | None, *, image_size: int = 416) -> Backbone:
-    check_patches(image_size, 16)
     clip = openai_clip("ViT-B-16", image_size)
     if weights is not None:
         load_clip(clip, *weights.load("clip-vit-b16"))
     return transformer(clip, image_size)
-
-
-def check_patches(image_size: int, patch: int) -> None:
-    if image_size % patch:
-        raise UserError(f"image_size is {image_size}; it must be a multiple of the backbone's patch of {patch} pixels")

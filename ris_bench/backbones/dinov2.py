@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ris_bench.backbones.base import BACKBONES, Backbone, Site, resize_positions
-from ris_bench.backbones.clip import CLIPText, check_patches, load_clip, openai_clip
+from ris_bench.backbones.clip import CLIPText, load_clip, openai_clip
 from ris_bench.backbones.transformer import Attention, Block, TokenTower, block_sites
 from ris_bench.backbones.weights import Weights, fit
 from ris_bench.errors import UserError
@@ -67,7 +67,6 @@ class DINOv2(TokenTower):
 
 def pair(vit: VisionTransformer, clip: CLIP, image_size: int, stage_ends: Sequence[int] = ()) -> Backbone:
     """The image tower of one model beside the text tower of another."""
-    check_patches(image_size, vit.patch_embed.patch_size[0])
     return Backbone(
         DINOv2(vit, stage_ends),
         CLIPText(clip),

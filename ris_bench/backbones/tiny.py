@@ -9,7 +9,7 @@ from open_clip.model import CLIP
 from timm.models.vision_transformer import VisionTransformer
 
 from ris_bench.backbones.base import BACKBONES, Backbone, NormStats
-from ris_bench.backbones.clip import check_patches, load_clip, residual, transformer
+from ris_bench.backbones.clip import load_clip, residual, transformer
 from ris_bench.backbones.dinov2 import pair
 from ris_bench.backbones.weights import Weights, fit
 
@@ -53,7 +53,6 @@ def tiny_clip_rn(weights: Weights | None, *, image_size: int = 128, norm_stats: 
 
 @BACKBONES("tiny-clip-vit")
 def tiny_clip_vit(weights: Weights | None, *, image_size: int = 64) -> Backbone:
-    check_patches(image_size, 8)
     clip = tiny_vit(image_size)
     if weights is not None:
         load_clip(clip, *weights.load("tiny-clip-vit"))
