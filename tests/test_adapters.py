@@ -137,6 +137,12 @@ def test_compacter_opens_the_named_norms(backbone_name, norms):
     assert opened == {f"{name}.{kind}" for name in named for kind in ("weight", "bias")}
 
 
+def test_compacter_on_the_maps_alone_has_no_norms_to_open():
+    model = adapted("tiny-clip-rn", "compacter", text_hidden=0)
+    assert not any(p.requires_grad for p in model.backbone.text.parameters())
+    assert model.count().tunable_backbone > 0
+
+
 # Conv-Adapter
 @pytest.mark.parametrize("design", ["bottleneck", "separable"])
 def test_conv_adapter_is_parallel_to_the_convolution(design):

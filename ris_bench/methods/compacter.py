@@ -116,7 +116,9 @@ class Compacter(Method):
                 layers += [PHM(site.width, channels, next(rule), rank, on_maps), nn.GELU("tanh")]
                 layers += [PHM(channels, site.width, next(rule), rank, on_maps)]
                 site.wrap(partial(Serial, after=Residual(nn.Sequential(*layers))))
-        for site in backbone.sites("norm", tuple(hiddens)) if norms != "frozen" else ():
+        # A ResNet has no LayerNorms to open.
+        normed = tuple(tower for tower in hiddens if tower == "text" or not backbone.image.convolutional)
+        for site in backbone.sites("norm", normed) if normed and norms != "frozen" else ():
             # The last norm belongs to the head of its tower, the step after the stages.
             if norms == "all" or site.step <= len(site.tower.stages):
                 site.open()
