@@ -204,7 +204,6 @@ def test_adapters_stand_where_the_options_say(backbone_name, options, image, tex
         ("tiny-clip-rn", "compacter", {"num_products": 5}, "must divide"),
         ("tiny-clip-rn", "compacter", {"image_hidden": 6}, "must divide"),
         ("tiny-clip-rn", "compacter", {"inner_norm": True}, "inner_norm"),
-        ("tiny-clip-rn", "compacter", {"text_hidden": 0}, "no 'norm' site"),
         ("tiny-clip-rn", "coop", {"num_tokens": 0}, "must be positive"),
     ],
 )
