@@ -174,7 +174,6 @@ REFUSED = [
     ("gamma: 0.1", "gamma: 0.1\n    split: trian #!", "train.split is 'trian'", "train, val, testA, testB"),
     ("gamma: 0.1", "gamma: 0.1\n    split: testA #!", "train.split is 'testA'", "no test split"),
     ("select_on: val", "select_on: dev #!", "eval.select_on is 'dev'", "val, testA, testB"),
-    ("select_on: val", "select_on: testB #!", "eval.select_on is 'testB'", "no test split", "write val"),
     ("select_on: val", "select_on: val\n    every: 0 #!", "eval.every is 0"),
     ("select_on: val", "select_on: val\n    threshold: 1 #!", "eval.threshold is 1.0", "between 0 and 1"),
     ("select_on: val", "select_on: val\n    metric: iou #!", "eval.metric is 'iou'", "'miou', 'oiou'"),
@@ -402,7 +401,7 @@ def test_a_list_of_grids_that_do_not_fit_is_refused(tmp_path, old, new, parts):
         ("method=loar", "no method 'loar'"),
         ("method.lora.text_rank=2", "varies method"),
         ("seed=[0, 1]", "seed is [0, 1]"),
-        ("eval.select_on=testA", "no test split"),
+        ("eval.select_on=test", "a split of refcoco: val, testA, testB"),
         ("title=!!python/name:os.system", "the tag !!python/name:os.system"),
     ],
 )

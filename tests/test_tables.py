@@ -336,3 +336,18 @@ def test_rows_of_several_axes_stand_in_groups(tmp_path):
     start = lines.index(r"CLIP {[}R50] & Fix Backbone & 10.50 $\pm$ 0.71 & 1.0 \\")
     assert lines[start - 1] == lines[start + 2] == r"\midrule"
     assert lines[start + 1] == r" & lora & \textbf{15.50} $\pm$ 0.71 & 1.0 \\"
+
+
+def test_scores_of_a_checkpoint_that_was_selected_on_a_test_split_are_marked(tmp_path):
+    honest, other = (read(tmp_path, sets=("method=full", *sets)) for sets in ((), ("eval.select_on=testA",)))
+    scores = {"val": (0.5, 0.25), "testA": (0.5, 0.25)}
+    tables = [
+        render(experiment, {t.id: done(t, scores, tuned=1_000_000) for t in experiment.trials()})
+        for experiment in (honest, other)
+    ]
+    assert "‡" not in tables[0].markdown
+    marked = ["**1.00**", *["**50.00** ± 0.00 ‡"] * 2, "**25.0** ± 0.0 ‡", "**60** ± 0"]
+    assert cells(tables[1], "[Full] 5%") == marked
+    assert "- ‡ The checkpoint was selected on a test split." in tables[1].markdown
+    assert tables[1].latex.count(r"$^\ddagger$") == 4
+    assert "checkpoint selected on testA by mIoU" in tables[1].markdown

@@ -27,6 +27,12 @@ DEFINITIONS = {
 }
 
 
+MARKS = {
+    "†": "Some of the seeds have no result.",
+    "‡": "The checkpoint was selected on a test split.",
+}
+
+
 @dataclass(frozen=True)
 class Table:
     """One table in three formats; the CSV has unrounded numbers, and neither title nor notes."""
@@ -83,8 +89,8 @@ class _Cell:
     number: float | None = None
     spread: float | None = None
     """Sample standard deviation over the seeds."""
-    partial: bool = False
-    """Some of its trials have no result."""
+    marks: str = ""
+    """Of MARKS, for what a reader must know before comparing it."""
     best: bool = False
 
 
@@ -112,7 +118,7 @@ def render(experiment: Experiment, results: Mapping[str, Result]) -> Table:
     """The table of what is known; `results`, by trial id, may lack some and hold others.
 
     A cell is the mean over its seeds, with the sample standard deviation where there are several. Without a result it
-    is "–", or "failed"; it is marked † where only some of its seeds have one.
+    is "–", or "failed"; MARKS say what else there is to know of it.
     """
     layout = experiment.table
     leaves = tuple(_Leaf(column, split) for column in layout.columns for split in column.splits or ("",))
@@ -167,7 +173,10 @@ def _cell(leaf: _Leaf, runs: Sequence[Run], results: Mapping[str, Result]) -> _C
         return _Cell(" / ".join(texts), number=numbers[0] if len(texts) == 1 else None)
     mean = fmean(numbers)
     spread = stdev(numbers) if len(numbers) > 1 else None
-    return _Cell(leaf.format(mean), mean, spread, partial=len(numbers) < len(runs))
+    marks = "†" if len(numbers) < len(runs) else ""
+    if value in METRICS and any(run.trial.eval.select_on.startswith("test") for run in runs):
+        marks += "‡"
+    return _Cell(leaf.format(mean), mean, spread, marks)
 
 
 def _with_best(leaf: _Leaf, cells: list[_Cell]) -> list[_Cell]:
@@ -228,8 +237,8 @@ def _notes(experiment: Experiment, results: Mapping[str, Result], body: _Body) -
     counts += [f"{failed} failed"] if failed else []
     counts += [f"{len(wanted) - len(known)} not run"] if len(wanted) > len(known) else []
     yield f"{', '.join(counts)}."
-    if any(cell.partial for _, cells in body.rows for cell in cells):
-        yield "† Some of the seeds have no result."
+    used = {mark for _, cells in body.rows for cell in cells for mark in cell.marks}
+    yield from (f"{mark} {meaning}" for mark, meaning in MARKS.items() if mark in used)
 
 
 def _markdown(body: _Body, title: str, notes: Iterable[str]) -> str:
@@ -239,7 +248,7 @@ def _markdown(body: _Body, title: str, notes: Iterable[str]) -> str:
     def printed(leaf: _Leaf, cell: _Cell) -> str:
         text = f"**{cell.text}**" if cell.best else plain(cell.text)
         spread = "" if cell.spread is None else f" ± {leaf.format(cell.spread)}"
-        return f"{text}{spread}{' †' if cell.partial else ''}"
+        return f"{text}{spread} {cell.marks}".rstrip()
 
     lines = tabulate(
         [
@@ -270,6 +279,7 @@ _LATEX = str.maketrans(
         "–": "--",
         "±": r"$\pm$",
         "†": r"$^\dagger$",
+        "‡": r"$^\ddagger$",
     }
 )
 
@@ -281,7 +291,7 @@ def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
     def printed(leaf: _Leaf, cell: _Cell) -> str:
         text = rf"\textbf{{{plain(cell.text)}}}" if cell.best else plain(cell.text)
         spread = "" if cell.spread is None else rf" $\pm$ {leaf.format(cell.spread)}"
-        return f"{text}{spread}{plain('†') if cell.partial else ''}"
+        return f"{text}{spread}{plain(cell.marks)}"
 
     def row(cells: Iterable[str]) -> str:
         return rf"{' & '.join(cells)} \\"
