@@ -13,7 +13,7 @@ from typing import Any
 
 from ris_bench import plugins
 from ris_bench.backbones.base import BACKBONES
-from ris_bench.data.refcoco import DATASETS, Dataset
+from ris_bench.data.dataset import DATASETS, Dataset
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
 from ris_bench.layout import Layout, read_layout

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ris_bench.backbones.base import BACKBONES, Backbone
 from ris_bench.backbones.weights import Weights
-from ris_bench.data.refcoco import DATASETS
+from ris_bench.data.dataset import DATASETS
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS, Method

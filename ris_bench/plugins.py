@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ris_bench.backbones.base import BACKBONES
-from ris_bench.data.refcoco import DATASETS
+from ris_bench.data.dataset import DATASETS
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS

@@ -121,7 +121,7 @@ def pending(experiment: Experiment, store: Store, results: dict[str, Result], on
 def check(trials: list[Trial], store: Store, places: Places) -> None:
     """Raises UserError where a trial cannot succeed: no place to write to, no data, no weights, an impossible model."""
     from ris_bench.backbones import weights
-    from ris_bench.data.refcoco import DATASETS
+    from ris_bench.data.dataset import DATASETS
 
     store.check_writable()
     for dataset in {repr(trial.dataset): trial.dataset for trial in trials}.values():
@@ -134,7 +134,7 @@ def check(trials: list[Trial], store: Store, places: Places) -> None:
 
 def count_parameters(trials: list[Trial]) -> dict[str, Params]:
     """The counts of every trial by id, without data or weights. Raises UserError for an impossible model."""
-    from ris_bench.data.refcoco import DATASETS
+    from ris_bench.data.dataset import DATASETS
     from ris_bench.model import count_parameters
 
     lengths = {trial.id: DATASETS.build(trial.dataset).word_len for trial in trials}

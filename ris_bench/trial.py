@@ -18,8 +18,9 @@ import torch
 
 from ris_bench import evaluation, plugins
 from ris_bench.backbones.weights import Weights
+from ris_bench.data.dataset import DATASETS
 from ris_bench.data.loading import ReferentBatches, Tokenizer
-from ris_bench.data.refcoco import DATASETS, Sample, shuffled
+from ris_bench.data.samples import Sample, shuffled
 from ris_bench.model import build
 from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial
 from ris_bench.training import reduced, train

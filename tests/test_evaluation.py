@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ris_bench import evaluation
 from ris_bench.data.loading import Tokenizer
-from ris_bench.data.refcoco import Sample
+from ris_bench.data.samples import Sample
 from ris_bench.data.transforms import CLIP_MEAN, CLIP_STD, Letterbox, restore
 
 SIZE = 64

@@ -13,7 +13,8 @@ from PIL import Image
 
 from ris_bench.data import loading
 from ris_bench.data.loading import Batch, ReferentBatches, Tokenizer, expression_batches
-from ris_bench.data.refcoco import Sample, refcocog_google, referents
+from ris_bench.data.refcoco import refcocog_google
+from ris_bench.data.samples import Sample, referents
 from ris_bench.data.transforms import Letterbox, normalise, restore
 from ris_bench.errors import UserError
 

@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from ris_bench.data.refcoco import DATASETS
+from ris_bench.data.dataset import DATASETS
 from ris_bench.errors import UserError
 from ris_bench.layout import METRICS
 from ris_bench.records import Choice

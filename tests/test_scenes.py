@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ris_bench.data import scenes as module
+from ris_bench.data.dataset import DATASETS
 from ris_bench.data.loading import Tokenizer
-from ris_bench.data.refcoco import DATASETS
 from ris_bench.data.scenes import COLOURS, KINDS, PRETRAINING_SEED, ROUND, SHAPES, draw_scene, expressions
 from ris_bench.errors import UserError
 

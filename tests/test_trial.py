@@ -87,8 +87,8 @@ def test_the_selected_checkpoint_is_the_one_saved(tmp_path):
     """What is loaded back scores what the table says, also where the best epoch was not the last."""
     from ris_bench import evaluation
     from ris_bench.backbones.weights import Weights
+    from ris_bench.data.dataset import DATASETS
     from ris_bench.data.loading import Tokenizer
-    from ris_bench.data.refcoco import DATASETS
     from ris_bench.model import build
 
     # So high a rate that the second epoch spoils what the first learnt is not needed: any selection must hold.

@@ -11,7 +11,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ris_bench.data.refcoco import Sample, draw, referents
+from ris_bench.data.samples import Sample, draw, draw_keys, referents
 from ris_bench.data.transforms import Letterbox, normalise
 from ris_bench.errors import UserError
 
@@ -56,8 +56,8 @@ class Tokenizer:
 class ReferentBatches:
     """Training batches: each referent once per epoch, with one of its expressions.
 
-    The expression is drawn from (seed, epoch, ref_id) and the order from (seed, epoch). The last batch may be smaller;
-    if a single sample were left for it, that sample joins the batch before, since BatchNorm needs two.
+    The expression is drawn from (seed, epoch, referent) and the order from (seed, epoch). The last batch may be
+    smaller; if a single sample were left for it, that sample joins the batch before, since BatchNorm needs two.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ReferentBatches:
         seed: int,
         num_workers: int = 0,
     ) -> None:
-        self._referents = referents(samples)
+        self._referents, self._keys = referents(samples), draw_keys(samples)
         if self.num_referents < 2:
             raise UserError(f"training needs at least 2 referents and has {self.num_referents}; use another split")
         self._samples, self._batch_size, self._seed, self._num_workers = samples, batch_size, seed, num_workers
@@ -93,9 +93,9 @@ class ReferentBatches:
     def _plan(self, epoch: int) -> list[list[int]]:
         chosen = []
         for positions in self._referents:
-            ref_id = self._samples[positions[0]].ref_id
-            sentence = draw("sentence", self._seed, epoch, ref_id) % len(positions)
-            chosen.append((draw("order", self._seed, epoch, ref_id), positions[sentence]))
+            key = self._keys[positions[0]]
+            sentence = draw("sentence", self._seed, epoch, *key) % len(positions)
+            chosen.append((draw("order", self._seed, epoch, *key), positions[sentence]))
         return self._cut([position for _, position in sorted(chosen)])
 
     def _cut(self, order: list[int]) -> list[list[int]]:
@@ -125,8 +125,7 @@ class _Pixels:
         return self._get(sample.image_path, lambda: self._letterbox.image(sample.image()))
 
     def mask(self, sample: Sample) -> Tensor:
-        key = (sample.dataset, sample.ann_id)
-        return self._get(key, lambda: np.rint(self._letterbox.mask(sample.mask()) * 255).astype(np.uint8))
+        return self._get(sample.referent, lambda: np.rint(self._letterbox.mask(sample.mask()) * 255).astype(np.uint8))
 
     def _get(self, key: Hashable, make: Callable[[], np.ndarray]) -> Tensor:
         if key in self._kept:

@@ -1,0 +1,97 @@
+"""What every data set offers: its splits, its samples, and what is known of both."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from ris_bench.data.samples import Sample
+from ris_bench.data.untrusted import missing_files, shown
+from ris_bench.errors import UserError
+from ris_bench.registry import Registry
+
+DATASETS = Registry("dataset", "ris_bench.data")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How much a split holds; None is not published."""
+
+    referents: int | None
+    expressions: int | None
+    images: int | None
+
+
+@dataclass
+class Part:
+    """One split as its files have it."""
+
+    image_folder: Path
+    """All images lie in it or below."""
+    samples: list[Sample] = field(default_factory=list)
+    """Ordered by (ref_id, sentence_index)."""
+    problems: list[str] = field(default_factory=list)
+    """Why referents of the split could not become samples, a line for each."""
+
+
+class Dataset(ABC):
+    """A dataset with one of its partitions into splits."""
+
+    name: str
+    word_len: int
+    """Tokens per expression, start and end included."""
+    train_splits: tuple[str, ...]
+    eval_splits: tuple[str, ...]
+    published: Mapping[str, Counts] = MappingProxyType({})
+    """What the splits are known to hold."""
+    get_images: str
+    """What to do about images that are missing."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.train_splits + self.eval_splits))
+
+    @property
+    def parts(self) -> tuple[Dataset, ...]:
+        """The data sets that it consists of."""
+        return (self,)
+
+    @abstractmethod
+    def is_there(self, data: Path) -> bool:
+        """Whether `data` holds anything of it."""
+
+    @abstractmethod
+    def locate(self, data: Path) -> None:
+        """Raise a UserError that names everything missing under `data`; quick, so that a sweep can ask first."""
+
+    @abstractmethod
+    def scan(self, data: Path, split: str | None = None) -> dict[str, Part]:
+        """Every split that the files hold, or only the one named. UserError where a file is missing or damaged."""
+
+    def read(self, data: Path, split: str) -> list[Sample]:
+        """Every expression of a split, ordered by (ref_id, sentence_index).
+
+        Raises UserError for an unknown or empty split, a file that is missing or damaged, a pickle that holds more
+        than plain data, a referent without annotation or image, and image files that are not there.
+        """
+        self.require(split)
+        found = self.scan(data, split)
+        part = found.get(split)
+        if part is None or not (part.samples or part.problems):
+            there = ", ".join(shown(name) for name in sorted(map(str, self.scan(data))))
+            raise UserError(f"{self.name} has no referent in the split {split!r}; it has {there or 'none at all'}")
+        if part.problems:
+            raise UserError(part.problems[0])
+        if missing := missing_files(part.image_folder, (sample.image_path for sample in part.samples)):
+            names = [shown(path.relative_to(part.image_folder)) for path in missing[:3]]
+            some = ", ".join(names) + (", ..." if len(missing) > 3 else "")
+            raise UserError(f"{part.image_folder} lacks {len(missing)} of the images: {some}; {self.get_images}")
+        return part.samples
+
+    def require(self, split: str) -> None:
+        """Raises UserError for a split that the dataset does not have."""
+        if split not in self.splits:
+            raise UserError(f"{self.name} has no split {split!r}; its splits are {', '.join(self.splits)}")

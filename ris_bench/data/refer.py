@@ -1,0 +1,158 @@
+"""The REFER layout, as github.com/lichengunc/refer has it: referents in one file, COCO's annotations in another.
+
+<data>/<folder>/{instances.json, refs(<partition>).p}      <data>/images/train2014  or  images/mscoco/images/train2014
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ris_bench.data.dataset import Counts, Dataset, Part
+from ris_bench.data.samples import NO_TARGET, Sample
+from ris_bench.data.untrusted import read_json, read_pickle
+from ris_bench.errors import UserError
+
+IMAGE_FOLDERS = ("images/train2014", "images/mscoco/images/train2014")
+
+
+@dataclass(frozen=True)
+class ReferDataset(Dataset):
+    """A dataset in the REFER layout, with one of its partitions into splits.
+
+    `ref["file_name"]` is not the name of the image (`COCO_train2014_000000495169_4.jpg`), so that image_id joins. ids
+    mean something only within a dataset. A referent of gRefCOCO has a list of annotations, whose union is its mask;
+    [-1] stands for none (ReLA gres_model/data/datasets/grefcoco.py:79-97).
+    """
+
+    name: str
+    folder: str
+    partition: str
+    """The name in parentheses: `refs(unc).p`."""
+    word_len: int
+    eval_splits: tuple[str, ...]
+    train_splits: tuple[str, ...] = ("train",)
+    published: Mapping[str, Counts] = field(default_factory=dict, hash=False)
+    stem: str = "refs"
+    """What stands before the parentheses."""
+
+    get_images = "unpack train2014.zip of cocodataset.org there"
+
+    def is_there(self, data: Path) -> bool:
+        return (Path(data) / self.folder).is_dir() and any(path.is_file() for path in self._refs(data))
+
+    def locate(self, data: Path) -> None:
+        missing = []
+        if not self._instances(data).is_file():
+            missing.append(str(self._instances(data).relative_to(data)))
+        if not any(path.is_file() for path in self._refs(data)):
+            missing.append(" or ".join(str(path.relative_to(data)) for path in self._refs(data)))
+        if _image_folder(data) is None:
+            missing.append(" or ".join(IMAGE_FOLDERS))
+        if missing:
+            raise UserError(
+                f"{self.name} needs {', '.join(missing)}, looked for in {Path(data).resolve()}; give the folder with "
+                "--data DIR (images: train2014.zip of cocodataset.org; annotations: the archives of "
+                "github.com/lichengunc/refer, kept by web.archive.org)"
+            )
+
+    def scan(self, data: Path, split: str | None = None) -> dict[str, Part]:
+        self.locate(data)
+        refs_path = next(path for path in self._refs(data) if path.is_file())
+        refs = read_pickle(refs_path) if refs_path.suffix == ".p" else read_json(refs_path)
+        instances = read_json(self._instances(data))
+        try:
+            return self._join(refs, instances, split, _image_folder(data))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise UserError(
+                f"{refs_path} or {self._instances(data)} is not in the REFER layout ({type(error).__name__}: {error}); "
+                "replace both with the originals"
+            ) from error
+
+    def _instances(self, data: Path) -> Path:
+        return Path(data) / self.folder / "instances.json"
+
+    def _refs(self, data: Path) -> list[Path]:
+        return [Path(data) / self.folder / f"{self.stem}({self.partition}).{suffix}" for suffix in ("p", "json")]
+
+    def _join(self, refs: Any, instances: Any, split: str | None, image_folder: Path) -> dict[str, Part]:
+        # Equality: `test` must not find testA.
+        refs = sorted((ref for ref in refs if split in (None, ref["split"])), key=lambda ref: ref["ref_id"])
+        images = {image["id"]: image for image in instances["images"]}
+        annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+        categories = {category["id"]: category["name"] for category in instances["categories"]}
+        parts: dict[str, Part] = {}
+        known = set()
+        for ref in refs:
+            part = parts.setdefault(ref["split"], Part(image_folder))
+            listed = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+            ann_ids = [] if ref["ann_id"] == [NO_TARGET] else listed
+            image, objects = images.get(ref["image_id"]), [annotations.get(ann_id) for ann_id in ann_ids]
+            if image is None or any(one is None or one["image_id"] != ref["image_id"] for one in objects):
+                part.problems.append(
+                    f"referent {ref['ref_id']} of {self.name} points to annotation {', '.join(map(str, listed))} of "
+                    f"image {ref['image_id']}, which is not in {self.folder}/instances.json; take both files from one "
+                    "archive"
+                )
+            elif ref["ref_id"] in known:
+                part.problems.append(
+                    f"referent {ref['ref_id']} of {self.name} is there twice; replace the file with the original"
+                )
+            elif not all(is_text(sentence[key]) for sentence in ref["sentences"] for key in ("sent", "raw")):
+                part.problems.append(
+                    f"an expression of referent {ref['ref_id']} of {self.name} is no Unicode text; replace the file "
+                    "with the original"
+                )
+            else:
+                part.samples += self._samples(ref, image, objects, categories, image_folder)
+            known.add(ref["ref_id"])
+        return parts
+
+    def _samples(
+        self, ref: Any, image: Any, objects: list[Any], categories: dict[int, str], image_folder: Path
+    ) -> Iterator[Sample]:
+        segmentation = united([one["segmentation"] for one in objects])
+        first, *further = [one["id"] for one in objects] or [NO_TARGET]
+        for index, sentence in enumerate(ref["sentences"]):
+            yield Sample(
+                dataset=self.name,
+                split=ref["split"],
+                ref_id=ref["ref_id"],
+                sent_id=sentence["sent_id"],
+                sentence_index=index,
+                image_id=ref["image_id"],
+                ann_id=first,
+                category="+".join(dict.fromkeys(categories[one["category_id"]] for one in objects)),
+                expression=sentence["sent"].strip(),
+                raw=sentence["raw"],
+                image_path=image_folder / image["file_name"],
+                height=image["height"],
+                width=image["width"],
+                segmentation=segmentation,
+                further_ann_ids=tuple(further),
+            )
+
+
+def united(segmentations: list[Any]) -> Any:
+    """One segmentation that is the union of several: what it is made of, side by side."""
+    if len(segmentations) == 1:
+        return segmentations[0]
+    parts: list[Any] = []
+    for segmentation in segmentations:
+        parts += [segmentation] if isinstance(segmentation, Mapping) else segmentation
+    return parts
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: half of a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _image_folder(data: Path) -> Path | None:
+    return next((Path(data) / folder for folder in IMAGE_FOLDERS if (Path(data) / folder).is_dir()), None)
