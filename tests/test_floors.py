@@ -10,14 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ris_bench"
 FLOORS = [
     ("errors", "records", "registry", "located", "results"),
-    ("data", "metrics", "protocols"),
+    ("data", "metrics", "protocols", "predictions"),
     ("backbones",),
     ("methods",),
     ("head",),
     ("model", "plugins"),
     ("training", "evaluation", "pretrain", "official"),
     ("trial", "layout", "experiment", "export"),
-    ("report", "progress", "sweep", "params"),
+    ("report", "progress", "sweep", "params", "predict"),
     ("cli",),
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
