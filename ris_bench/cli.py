@@ -10,13 +10,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
 from ris_bench.errors import UserError
+from ris_bench.layout import METRICS
 from ris_bench.records import Result, Trial
 from ris_bench.results import Store
+
+if TYPE_CHECKING:  # it imports torch
+    from ris_bench.predict import Predictor
 
 RUN = """\
 Runs every trial of an experiment that has no result yet and prints the table. Results are kept by trial and shared by
@@ -39,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_params(verbs)
     _add_import_official(verbs)
     _add_export(verbs)
+    _add_compare(verbs)
+    _add_data(verbs)
+    _add_predict(verbs)
     args = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
@@ -57,6 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _add_results(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--results", type=Path, default="results", metavar="DIR", help="where results are kept (default: %(default)s)"
+    )
+
+
+def _add_data_folder(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--data",
+        type=Path,
+        default="datasets",
+        metavar="DIR",
+        help="where refcoco/, ... and images/ lie (default: %(default)s)",
     )
 
 
@@ -84,13 +101,7 @@ def _add_run(verbs: Any) -> None:
         help="replace a key of the experiment's defaults, such as train.epochs=2; may be repeated",
     )
     _add_results(run)
-    run.add_argument(
-        "--data",
-        type=Path,
-        default="datasets",
-        metavar="DIR",
-        help="where refcoco/, ... and images/ lie (default: %(default)s)",
-    )
+    _add_data_folder(run)
     run.add_argument(
         "--weights", type=Path, metavar="DIR", help="where pretrained weights lie (default: caches and the hub)"
     )
@@ -163,7 +174,7 @@ def _add_export(verbs: Any) -> None:
         "and model.json, which says how to build and feed it; ris_bench.export.load(FOLDER) reads both.",
     )
     export.set_defaults(call=_export)
-    export.add_argument("trial", metavar="TRIAL", help="the beginning of a trial's id")
+    export.add_argument("trial", metavar="TRIAL", help="the beginning of a trial's id, or its folder")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
     export.add_argument(
         "--merge", action="store_true", help="fold what was tuned into the pretrained weights, and write them all"
@@ -183,16 +194,200 @@ def _add_export(verbs: Any) -> None:
 
 def _export(args: argparse.Namespace) -> int:
     from ris_bench import plugins  # only now: these import torch
-    from ris_bench.export import export, find
+    from ris_bench.export import export
 
     for name in args.plugin:
         plugins.find(name, Path()).load()
-    store = Store(args.results.absolute())
-    result = find(store, args.trial)
-    export(store, result, args.out, merge=args.merge, weights=args.weights)
+    folder = Store(args.results.absolute()).find(args.trial)
+    export(folder, args.out, merge=args.merge, weights=args.weights)
     for file in sorted(args.out.iterdir()):
         print(f"{file}  {file.stat().st_size:,} bytes")
     return 0
+
+
+PREDICT = """\
+Finds what a sentence refers to: in one photo; in every image of a folder; or pair by pair in a CSV file with the
+columns image and expression, whose paths start from its folder.
+
+mask         PNG, 0 and 255, of the photo's size
+overlay      the photo with the mask tinted and outlined, and the expression below (at most 1600 pixels a side)
+probability  a 16-bit greyscale PNG, 65535 is 1; or, named .npy, float32
+
+Of one photo that is written which has a name; STEM.mask.png, STEM.overlay.png and STEM.probability.png in the working
+directory if nothing has. Of several photos all is written to --out DIR, a new folder, with an index.csv. A photo is
+turned upright as its EXIF orientation says, and its mask with it.
+"""
+
+
+def _add_predict(verbs: Any) -> None:
+    predict = verbs.add_parser(
+        "predict",
+        help="segment what an expression refers to, in photos of your own",
+        description=PREDICT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    predict.set_defaults(call=lambda args: _predict(args, predict))
+    predict.add_argument("image", type=Path, metavar="IMAGE", help="a photo, a folder of photos, or a .csv of pairs")
+    predict.add_argument("expression", nargs="?", metavar="EXPRESSION", help="such as 'the man on the left'")
+    predict.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="TRIAL|DIR",
+        help="the beginning of a trial's id, or a folder: of a trial, or written by export or import-official",
+    )
+    _add_model(predict)
+    predict.add_argument("--out", type=Path, metavar="MASK.png|DIR", help="the mask, or with several photos the folder")
+    predict.add_argument("--overlay", type=Path, metavar="FILE", help="the overlay of one photo")
+    predict.add_argument("--probability", type=Path, metavar="FILE", help="the probability of one photo")
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+    """What else a verb is told that loads a trained model."""
+    _add_results(verb)
+    verb.add_argument("--weights", type=Path, metavar="DIR", help="where pretrained weights lie (default: as run)")
+    verb.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="a pixel is in the mask where its probability is greater (default: the checkpoint's own, else 0.35)",
+    )
+    verb.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a module or .py file that the trial's experiment names as a plug-in; may be repeated",
+    )
+
+
+def _load(args: argparse.Namespace, checkpoint: str) -> Predictor:
+    from ris_bench import plugins, predict  # only now: these import torch
+
+    for name in args.plugin:
+        plugins.find(name, Path()).load()
+    return predict.load(checkpoint, results=args.results, weights=args.weights, threshold=args.threshold)
+
+
+def _predict(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    pairs = args.image.suffix.lower() == ".csv"
+    several = pairs or args.image.is_dir()
+    if pairs != (args.expression is None):
+        parser.error("an expression goes with an image or a folder of images; the pairs of a CSV have theirs")
+    if args.expression is not None and not args.expression.strip():
+        parser.error("the expression is empty")
+    if several and (args.out is None or args.overlay or args.probability):
+        parser.error("of several photos everything goes to --out DIR")
+
+    from ris_bench import predict  # only now: it imports torch
+
+    if several:
+        found = predict.pairs(args.image, args.expression)
+        predict.check_folder(args.out)
+        for path in predict.predict_all(_load(args, args.checkpoint), found, args.out):
+            print(path, flush=True)
+        return 0
+    names = {"mask": args.out, "overlay": args.overlay, "probability": args.probability}
+    if not any(names.values()):
+        names = {kind: Path(f"{args.image.stem}.{kind}.png") for kind in names}
+    predict.check_names(args.image, **names)
+    prediction = _load(args, args.checkpoint)(args.image, args.expression)
+    prediction.save(**names)
+    share, highest = prediction.mask.mean(), prediction.probability.max()
+    print(f"{share:.1%} of the photo; the highest probability is {highest:.3f}")
+    for path in filter(None, names.values()):
+        print(path)
+    return 0
+
+
+CHECK = """\
+Reads the files of a dataset and says of every split what it holds: referents, expressions and images, beside what is
+published of them; referents that point to nothing; images that are missing or of another size than their annotation
+(only headers are read); polygons and run lengths that are none.
+
+exit code:  0 all well   1 something differs or is at fault   2 bad input, or the dataset is not there
+"""
+
+
+def _add_data(verbs: Any) -> None:
+    parser = verbs.add_parser("data", help="look after the data sets")
+    check = parser.add_subparsers(required=True, metavar="VERB").add_parser(
+        "check",
+        help="compare the files of a dataset with what is published of it, and with each other",
+        description=CHECK,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.set_defaults(call=lambda args: _check_data(args, check))
+    check.add_argument(
+        "dataset",
+        nargs="?",
+        metavar="NAME",
+        help="as in an experiment: refcoco, or with options: 'own: {file: mine.json}'",
+    )
+    check.add_argument("--all", action="store_true", help="every dataset that is there and needs no options")
+    _add_data_folder(check)
+    check.add_argument("--json", action="store_true", help="a JSON list on stdout, and nothing else")
+
+
+def _check_data(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if args.all == (args.dataset is not None):
+        parser.error("name a dataset, or --all")
+
+    from ris_bench.data import check  # only now: this imports torch
+    from ris_bench.data.dataset import named
+    from ris_bench.located import read
+
+    if args.all:
+        rows = check.check_all(args.data)
+    else:
+        rows = check.check(named(read(args.dataset, lambda line: f"dataset {args.dataset!r}").plain()), args.data)
+    print(json.dumps([row.to_dict() for row in rows], indent=1) if args.json else check.text(rows))
+    return 0 if all(row.ok for row in rows) else 1
+
+
+def _add_compare(verbs: Any) -> None:
+    compare = verbs.add_parser(
+        "compare",
+        help="say which differences between the rows of a table are more than chance",
+        description="Compares every row of an experiment's table with one of them, from results alone: differences, "
+        "95%% intervals and p-values by a paired bootstrap over images, the latter also corrected after Holm for their "
+        "number, beside the noise of the seeds.",
+    )
+    compare.set_defaults(call=_compare)
+    compare.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
+    compare.add_argument("--against", required=True, metavar="METHOD", help="the row to compare with, such as frozen")
+    compare.add_argument(
+        "--split", nargs="+", default=(), metavar="SPLIT", help="such as val testA (default: those of the table)"
+    )
+    compare.add_argument(
+        "--metric", nargs="+", default=(), choices=METRICS, metavar="METRIC", help="of " + ", ".join(METRICS)
+    )
+    compare.add_argument("--resamples", type=_count, default=10_000, metavar="N", help="(default: %(default)s)")
+    compare.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the bootstrap (default: 0)")
+    _add_results(compare)
+    compare.add_argument("--json", action="store_true", help="a JSON list on stdout, with fractions instead of percent")
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from ris_bench.experiment import load  # only now: it imports torch
+    from ris_bench.report.comparison import compare
+
+    compared = compare(
+        load(args.experiment),
+        Store(args.results.absolute()),
+        args.against,
+        splits=args.split,
+        metrics=args.metric,
+        resamples=args.resamples,
+        seed=args.seed,
+    )
+    print(json.dumps(compared.records(), indent=1) if args.json else compared.markdown().rstrip("\n"))
+    return 0
+
+
+def _natural(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return number
 
 
 def _count(text: str) -> int:

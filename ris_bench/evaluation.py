@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ris_bench import metrics
 from ris_bench.data.loading import Batch, Tokenizer, expression_batches
-from ris_bench.data.refcoco import Sample
+from ris_bench.data.samples import Sample
 from ris_bench.data.transforms import Frame, Letterbox, restore
 from ris_bench.protocols import RIS_BENCH, Protocol
 from ris_bench.records import Scores
@@ -109,7 +109,8 @@ def overlays(
             intersection_B, union_B, _, _ = _count(predicted_BHW, shown).T.cpu().numpy()
             ious = metrics.iou(intersection_B, union_B, RIS_BENCH)
             for sample, predicted_HW, iou in zip(shown, predicted_BHW.cpu().numpy(), ious, strict=True):
-                _picture(sample, predicted_HW, iou).save(folder / f"{sample.ref_id}-{sample.sentence_index}.png")
+                path = folder / f"{sample.ref_id}-{sample.sentence_index}.png"
+                picture(sample.image(), predicted_HW, sample.expression, sample.mask(), iou).save(path)
 
 
 @contextmanager
@@ -134,11 +135,9 @@ def _predict(
     autocast: torch.dtype | None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Positions of samples whose images have one frame, and their masks in it: bool (B, height, width)."""
-    threshold_logit = math.log(threshold / (1 - threshold))
+    letterbox = Letterbox(model.backbone.image_size)
     for batch in batches:
-        image_B3HW, tokens_BL = batch.image_B3HW.to(device), batch.tokens_BL.to(device)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            logits_BHW = model(image_B3HW, tokens_BL)[:, 0]
+        logits_BHW = forward(model, batch.image_B3HW, batch.tokens_BL, device, autocast)
         finite_B = logits_BHW.isfinite().flatten(1).all(1).tolist()
         groups: dict[Frame, list[int]] = {}
         for row, (position, finite) in enumerate(zip(batch.index_B.tolist(), finite_B, strict=True)):
@@ -148,20 +147,33 @@ def _predict(
                     f"the model's logits are not finite for {sample.expression!r}, sentence {sample.sentence_index} "
                     f"of referent {sample.ref_id} in {sample.dataset} {sample.split}"
                 )
-            groups.setdefault(Letterbox(image_B3HW.shape[-1]).frame(sample.height, sample.width), []).append(row)
+            groups.setdefault(letterbox.frame(sample.height, sample.width), []).append(row)
         for frame, rows in groups.items():
-            yield batch.index_B[rows].tolist(), restore(logits_BHW[rows], frame) > threshold_logit
+            yield batch.index_B[rows].tolist(), restore(logits_BHW[rows], frame) > log_odds(threshold)
+
+
+def forward(
+    model: nn.Module, image_B3HW: Tensor, tokens_BL: Tensor, device: torch.device, autocast: torch.dtype | None
+) -> Tensor:
+    """Logits (B, h, w) of a batch from anywhere, on `device`."""
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        return model(image_B3HW.to(device), tokens_BL.to(device))[:, 0]
+
+
+def log_odds(probability: float) -> float:
+    """The logit that a probability in (0, 1) is of."""
+    return math.log(probability / (1 - probability))
 
 
 def _count(predicted_BHW: Tensor, samples: Sequence[Sample]) -> Tensor:
     """(B, 4) int64: the `COUNTS` of every sample."""
-    masks: dict[int, np.ndarray] = {}
+    masks: dict[tuple[str, int], np.ndarray] = {}
     for sample in samples:
         # The sentences of a referent share its mask, and to decode it costs more than to compare.
-        if sample.ann_id not in masks:
-            masks[sample.ann_id] = sample.mask()
+        if sample.referent not in masks:
+            masks[sample.referent] = sample.mask()
     # pycocotools decodes column by column, and to compare two orders is slow.
-    target_BHW = np.array([masks[sample.ann_id] for sample in samples], dtype=bool, order="C")
+    target_BHW = np.array([masks[sample.referent] for sample in samples], dtype=bool, order="C")
     target_BHW = torch.from_numpy(target_BHW).to(predicted_BHW.device)
     intersection_B, predicted_B, target_B = (
         mask_BHW.sum((1, 2)) for mask_BHW in (predicted_BHW & target_BHW, predicted_BHW, target_BHW)
@@ -169,29 +181,48 @@ def _count(predicted_BHW: Tensor, samples: Sequence[Sample]) -> Tensor:
     return torch.stack([intersection_B, predicted_B + target_B - intersection_B, predicted_B, target_B], dim=1)
 
 
-def _picture(sample: Sample, predicted_HW: np.ndarray, iou: float) -> Image.Image:
-    scale = max(1, math.ceil(400 / sample.width))
-    size = (scale * sample.width, scale * sample.height)
-    photo = sample.image().resize(size, Image.Resampling.BICUBIC)
-    # Nearest neighbour shows every pixel that was counted.
-    predicted, truth = (
-        Image.fromarray(mask_HW.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
-        for mask_HW in (predicted_HW, sample.mask())
-    )
+def picture(
+    photo: Image.Image,
+    predicted_HW: np.ndarray,
+    expression: str,
+    truth_HW: np.ndarray | None = None,
+    iou: float | None = None,
+) -> Image.Image:
+    """The photo with the prediction tinted and outlined in blue and, where given, the ground truth outlined in orange.
+
+    Below stand the expression, in at most four lines, and the legend. A photo narrower than 400 pixels is enlarged by a
+    whole factor, one whose longer side exceeds 1600 is shrunk to that.
+    """
+    scale = min(max(1, math.ceil(400 / photo.width)), 1600 / max(photo.size))
+    size = (max(1, round(scale * photo.width)), max(1, round(scale * photo.height)))
+    photo = photo.resize(size, Image.Resampling.BICUBIC)
+
+    def resized(mask_HW: np.ndarray) -> Image.Image:
+        # Nearest neighbour shows every pixel that was counted.
+        return Image.fromarray(mask_HW.astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
+
+    predicted = resized(predicted_HW)
     photo.paste(Image.blend(photo, Image.new("RGB", size, _PREDICTION), 0.4), mask=predicted)
     # One outline runs outside its mask and one inside, so that both are seen where the masks are equal.
     photo.paste(_PREDICTION, mask=ImageChops.subtract(predicted.filter(ImageFilter.MaxFilter(5)), predicted))
-    photo.paste(_TRUTH, mask=ImageChops.subtract(truth, truth.filter(ImageFilter.MinFilter(5))))
+    legend = [("prediction", _PREDICTION)]
+    if truth_HW is not None:
+        truth = resized(truth_HW)
+        photo.paste(_TRUTH, mask=ImageChops.subtract(truth, truth.filter(ImageFilter.MinFilter(5))))
+        legend.append(("ground truth", _TRUTH))
+    if iou is not None:
+        legend.insert(0, (f"IoU {iou:.3f}", "black"))
 
     font, margin, line = ImageFont.load_default(18), 8, 24
-    letters = int((photo.width - 2 * margin) / font.getlength("n"))
-    lines = textwrap.wrap(sample.expression, letters, max_lines=4, placeholder=" ...") or ["(no expression)"]
-    picture = Image.new("RGB", (photo.width, photo.height + line * (len(lines) + 1) + 2 * margin), "white")
-    picture.paste(photo)
-    draw = ImageDraw.Draw(picture)
+    width = max(photo.width, 400)
+    letters = int((width - 2 * margin) / font.getlength("n"))
+    lines = textwrap.wrap(expression, letters, max_lines=4, placeholder=" ...") or ["(no expression)"]
+    whole = Image.new("RGB", (width, photo.height + line * (len(lines) + 1) + 2 * margin), "white")
+    whole.paste(photo)
+    draw = ImageDraw.Draw(whole)
     draw.text((margin, photo.height + margin), "\n".join(lines), "black", font, spacing=line - 18)
-    left, top = margin, picture.height - margin - line
-    for text, colour in ((f"IoU {iou:.3f}", "black"), ("prediction", _PREDICTION), ("ground truth", _TRUTH)):
+    left, top = margin, whole.height - margin - line
+    for text, colour in legend:
         draw.text((left, top), text, colour, font)
         left += int(font.getlength(text)) + 3 * margin
-    return picture
+    return whole

@@ -6,7 +6,6 @@ tuned.safetensors, which fits the pretrained weights whose sha256 it names, or m
 
 from __future__ import annotations
 
-import glob
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.backbones.weights import Weights
-from ris_bench.data.refcoco import DATASETS
+from ris_bench.data.dataset import DATASETS
 from ris_bench.data.transforms import CLIP_MEAN, CLIP_STD
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
@@ -25,7 +24,7 @@ from ris_bench.methods.base import METHODS
 from ris_bench.model import RISModel, build
 from ris_bench.official import describe, new_folder, restore, write
 from ris_bench.records import Choice, Result, plain
-from ris_bench.results import Store
+from ris_bench.results import read_done
 
 TUNED = "tuned.safetensors"
 
@@ -33,39 +32,35 @@ TOLERANCE = 1e-3
 """Of logits: more than rounding makes of a merge, less than a merge that leaves something out."""
 
 
-def find(store: Store, trial_id: str) -> Result:
-    """The result of the trial whose id begins so. UserError where none or several do, or it is not done."""
-    folders = (store.root / "trials").glob(f"{glob.escape(trial_id)}*")
-    found = sorted(
-        folder for folder in folders if not folder.name.startswith(".") and (folder / "result.json").exists()
-    )
-    if len(found) != 1:
-        some = ", ".join(folder.name for folder in found[:3]) + (", ..." if len(found) > 3 else "")
-        begins = f"{len(found)} trials of {store.root} have an id that begins with {trial_id!r}"
-        raise UserError(f"{begins}: {some}; write more of it" if found else f"{begins}; look into its folder 'trials'")
-    [folder] = found
-    try:
-        result = Result.from_json((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'result.json'} is no result ({type(error).__name__}: {error})") from None
-    if result.status != "done":
-        raise UserError(f"trial {folder.name} failed ({result.error}): it has nothing to export")
-    if not (folder / TUNED).is_file():
-        raise UserError(f"{folder} has no {TUNED}: export where the trial was run, or run it again")
-    return result
+def trained(folder: Path) -> tuple[Result, Path]:
+    """The result in the folder of a trial, and its tuned tensors. UserError where it is not done or has none."""
+    result, tuned = read_done(folder), folder / TUNED
+    if not tuned.is_file():
+        raise UserError(f"{folder} has no {TUNED}: use it where the trial was run, or run it again")
+    return result, tuned
 
 
-def export(
-    store: Store, result: Result, out: Path, *, merge: bool = False, weights: Path | None = None
-) -> dict[str, Any]:
-    """Write a trial to the folder `out`, which appears whole or not at all; return what its model.json says.
+def rebuild(result: Result, tuned: Path, weights: Path | None) -> RISModel:
+    """The model of a trial as trained, in evaluation mode; `weights` is where the pretrained ones lie.
+
+    Raises UserError where these are not those that the trial started from, or the tuned tensors do not fit.
+    """
+    model = build(result.trial, loaded := Weights(weights))
+    _check_weights(loaded, result.provenance.weights)
+    model.load_tuned(tuned)
+    return model.eval()
+
+
+def export(folder: Path, out: Path, *, merge: bool = False, weights: Path | None = None) -> dict[str, Any]:
+    """Write the trial in `folder` to the folder `out`, which appears whole or not at all; return its description.
 
     With `merge`, what the method tuned is folded into the pretrained weights, and the model is one of method `frozen`;
     what has been written is read back, and its logits are compared with those of the trial's own model.
 
     Raises UserError where `out` exists, the pretrained weights are not the trial's, or the method cannot be merged.
     """
-    trial, tuned = result.trial, store.folder(result.trial) / TUNED
+    result, tuned = trained(folder)
+    trial = result.trial
     backbone, method, head = (plain(choice) for choice in (trial.backbone, trial.method, trial.head))
     description = {
         "backbone": backbone,
@@ -84,10 +79,7 @@ def export(
     }
     with new_folder(out) as partial:
         if merge:
-            model = build(trial, loaded := Weights(weights))
-            _check_weights(loaded, result.provenance.weights)
-            model.load_tuned(tuned)
-            _write_merged(model.eval(), result, partial, description)
+            _write_merged(rebuild(result, tuned, weights), result, partial, description)
         else:
             write(partial, description)
             shutil.copyfile(tuned, partial / TUNED)

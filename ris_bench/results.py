@@ -39,6 +39,22 @@ class Store:
             return None
         return result
 
+    def find(self, trial: str) -> Path:
+        """The folder of the one finished trial whose id begins so; of `trial` itself where that is such a folder.
+
+        Raises UserError where no id or several begin so.
+        """
+        if (Path(trial) / "result.json").is_file():
+            return Path(trial)
+        results = (self.root / "trials").glob("*/result.json")
+        folders = sorted(path.parent for path in results if not path.parent.name.startswith("."))
+        found = [folder for folder in folders if folder.name.startswith(trial)]
+        if len(found) == 1:
+            return found[0]
+        some = ", ".join(folder.name for folder in found[:3]) + (", ..." if len(found) > 3 else "")
+        begins = f"{len(found)} trials of {self.root} have an id that begins with {trial!r}"
+        raise UserError(f"{begins}: {some}; write more of it" if found else f"{begins}; look into its folder 'trials'")
+
     def begin(self, trial: Trial) -> Path:
         """A new, empty folder for an attempt at a trial; what earlier attempts left is removed.
 
@@ -79,6 +95,18 @@ class Store:
         parent = next(path for path in (self.root, *self.root.parents) if path.exists())
         if not (parent.is_dir() and os.access(parent, os.W_OK)):
             raise UserError(f"results cannot be written to {self.root}: {parent} is not a writable folder")
+
+
+def read_done(folder: Path) -> Result:
+    """What lies in the folder of a trial that is done. UserError where it is no result, or the trial failed."""
+    path = folder / "result.json"
+    try:
+        result = Result.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no result ({type(error).__name__}: {error})") from None
+    if result.status != "done":
+        raise UserError(f"trial {folder.name} failed ({result.error}): it left neither a model nor scores")
+    return result
 
 
 def _flush(paths: Iterable[Path]) -> None:

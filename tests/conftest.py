@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from ris_bench import sweep
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.backbones.weights import Weights
 from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS
-from ris_bench.model import RISModel
+from ris_bench.model import RISModel, build
+from ris_bench.records import Choice, Evaluation, Result, Training, Trial
+from ris_bench.results import Store
 
 # As trials do: more threads than cores, when several tests run at once, take many times as long.
 torch.set_num_threads(1)
@@ -44,6 +49,31 @@ def inputs(model: RISModel, batch: int = 3, seed: int = 0) -> tuple[torch.Tensor
         length = 4 + 3 * i % 12
         tokens[i, 0], tokens[i, length], tokens[i, length + 1 :] = vocabulary - 2, vocabulary - 1, 0
     return images, tokens
+
+
+def trained(store: Store, backbone: str, method: str, options: dict | None = None, **more) -> tuple[RISModel, Result]:
+    """A trial of which noise stands for what it has learnt, in evaluation mode, and its result in the store."""
+    trial = Trial(
+        dataset=Choice(name="refcoco"),
+        backbone=BACKBONES.resolve(backbone, more),
+        method=METHODS.resolve(method, OPTIONS.get(method, {}) if options is None else options),
+        head=HEADS.resolve("etris", TINY_HEAD),
+        train=Training(epochs=1, batch_size=2, lr=1e-3, milestones=(), gamma=0.1, precision="fp32"),
+        eval=Evaluation(select_on="val"),
+        seed=0,
+    )
+    model = build(trial, weights := Weights(None))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor in model.tuned_tensors().values():
+            if tensor.requires_grad:
+                tensor += 0.02 * torch.randn(tensor.shape, generator=generator)
+    folder = store.begin(trial)
+    model.save_tuned(folder / "tuned.safetensors")
+    failed = sweep.failure(trial, "")
+    provenance = replace(failed.provenance, weights=weights.sha256)
+    result = replace(failed, status="done", error=None, provenance=provenance)
+    return model.eval(), store.finish(folder, result)
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)

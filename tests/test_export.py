@@ -9,50 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OPTIONS, PAIRS, TINY_HEAD, inputs
+from conftest import PAIRS, inputs, trained
 from torch.nn.utils import parametrize
 
 from ris_bench import cli, sweep
-from ris_bench.backbones.base import BACKBONES
-from ris_bench.backbones.weights import Weights
 from ris_bench.errors import UserError
 from ris_bench.export import export, load
-from ris_bench.head import HEADS
-from ris_bench.methods.base import METHODS
 from ris_bench.methods.lora import LoRA
 from ris_bench.model import RISModel, build
-from ris_bench.records import Choice, Evaluation, Result, Training, Trial
+from ris_bench.records import Choice
 from ris_bench.results import Store
 
 
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(tmp_path / "results")
-
-
-def trained(store: Store, backbone: str, method: str, options: dict | None = None, **more) -> tuple[RISModel, Result]:
-    """A trial of which noise stands for what it has learnt, in evaluation mode, and its result in the store."""
-    trial = Trial(
-        dataset=Choice(name="refcoco"),
-        backbone=BACKBONES.resolve(backbone, more),
-        method=METHODS.resolve(method, OPTIONS.get(method, {}) if options is None else options),
-        head=HEADS.resolve("etris", TINY_HEAD),
-        train=Training(epochs=1, batch_size=2, lr=1e-3, milestones=(), gamma=0.1, precision="fp32"),
-        eval=Evaluation(select_on="val"),
-        seed=0,
-    )
-    model = build(trial, weights := Weights(None))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for tensor in model.tuned_tensors().values():
-            if tensor.requires_grad:
-                tensor += 0.02 * torch.randn(tensor.shape, generator=generator)
-    folder = store.begin(trial)
-    model.save_tuned(folder / "tuned.safetensors")
-    failed = sweep.failure(trial, "")
-    provenance = replace(failed.provenance, weights=weights.sha256)
-    result = replace(failed, status="done", error=None, provenance=provenance)
-    return model.eval(), store.finish(folder, result)
 
 
 @torch.no_grad()
@@ -68,7 +39,7 @@ MERGED = {"frozen", "full", "lora", "peft"}
 def test_a_method_is_merged_exactly_or_refused(backbone, method, store, tmp_path):
     model, result = trained(store, backbone, method)
     try:
-        export(store, result, tmp_path / "out", merge=True)
+        export(store.folder(result.trial), tmp_path / "out", merge=True)
     except UserError as error:
         assert method not in MERGED
         assert f"method {method!r} cannot be merged" in str(error)
@@ -94,14 +65,14 @@ def test_a_method_is_merged_exactly_or_refused(backbone, method, store, tmp_path
 )
 def test_tuners_of_peft_are_merged(backbone, options, store, tmp_path):
     model, result = trained(store, backbone, "peft", options)
-    export(store, result, tmp_path / "out", merge=True)
+    export(store.folder(result.trial), tmp_path / "out", merge=True)
     assert difference(model, load(tmp_path / "out")) <= 1e-5
 
 
 def test_a_tuner_that_is_no_change_of_weights_is_refused(store, tmp_path):
     _, result = trained(store, "tiny-clip-vit", "peft", {"tuner": "lily", "config": {"r": 4}})
     with pytest.raises(UserError, match="method 'peft' cannot be merged: .*Lily"):
-        export(store, result, tmp_path / "out", merge=True)
+        export(store.folder(result.trial), tmp_path / "out", merge=True)
 
 
 def test_moving_statistics_are_merged_too(store, tmp_path):
@@ -109,7 +80,7 @@ def test_moving_statistics_are_merged_too(store, tmp_path):
     model.train()
     model(*inputs(model))
     model.save_tuned(store.folder(result.trial) / "tuned.safetensors")
-    export(store, result, tmp_path / "out", merge=True)
+    export(store.folder(result.trial), tmp_path / "out", merge=True)
     assert difference(model.eval(), load(tmp_path / "out")) <= 1e-5
 
 
@@ -122,13 +93,13 @@ def test_a_merge_that_computes_something_else_is_refused(store, tmp_path, monkey
     _, result = trained(store, "tiny-clip-vit", "lora")
     monkeypatch.setattr(LoRA, "merge", forgets)
     with pytest.raises(UserError, match="cannot be merged: the logits of the merged model differ by"):
-        export(store, result, tmp_path / "out", merge=True)
+        export(store.folder(result.trial), tmp_path / "out", merge=True)
     assert not list(tmp_path.glob("*out*"))
 
 
 def test_the_tuned_tensors_alone_are_the_default(store, tmp_path):
     model, result = trained(store, "tiny-clip-vit", "lora")
-    description = export(store, result, tmp_path / "out")
+    description = export(store.folder(result.trial), tmp_path / "out")
     tuned = (store.folder(result.trial) / "tuned.safetensors").read_bytes()
     assert (tmp_path / "out" / "tuned.safetensors").read_bytes() == tuned
     assert difference(model, load(tmp_path / "out")) == 0
@@ -143,7 +114,7 @@ def test_the_tuned_tensors_alone_are_the_default(store, tmp_path):
 
 def test_a_folder_that_needs_a_plug_in_says_so(store, tmp_path):
     _, result = trained(store, "tiny-clip-vit", "lora")
-    export(store, result, tmp_path / "out")
+    export(store.folder(result.trial), tmp_path / "out")
     path = tmp_path / "out" / "model.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps(record | {"method": record["method"] | {"code": "0" * 64}}))
@@ -157,8 +128,9 @@ def test_a_folder_that_needs_a_plug_in_says_so(store, tmp_path):
 def test_other_pretrained_weights_are_not_merged(store, tmp_path):
     _, result = trained(store, "tiny-clip-vit", "lora")
     other = replace(result, provenance=replace(result.provenance, weights={"tiny-clip-vit.safetensors": "0" * 64}))
+    (folder := store.folder(result.trial)).joinpath("result.json").write_text(other.to_json())
     with pytest.raises(UserError, match="the trial started from"):
-        export(store, other, tmp_path / "out", merge=True)
+        export(folder, tmp_path / "out", merge=True)
 
 
 def test_the_command(store, tmp_path, monkeypatch, capsys):
@@ -185,8 +157,8 @@ def test_what_cannot_be_exported_is_told_in_one_line(store, tmp_path, monkeypatc
     for arguments, message in (
         (["nothing"], "0 trials of .* begins with 'nothing'"),
         (["refcoco.tiny-clip-vit.lora.s0"], f"2 trials of .*{one.trial.id}.*write more of it"),
-        ([failed.trial.id], "failed .the loss is nan.: it has nothing to export"),
-        ([two.trial.id], "has no tuned.safetensors: export where the trial was run"),
+        ([failed.trial.id], "failed .the loss is nan.: it left neither"),
+        ([two.trial.id], "has no tuned.safetensors: use it where the trial was run"),
         ([one.trial.id, "--out", "there"], "there exists already: name a new folder"),
         ([one.trial.id, "--plugin", "missing.py"], "plug-in 'missing.py'"),
     ):
