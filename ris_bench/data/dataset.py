@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from ris_bench.data.samples import Sample
 from ris_bench.data.untrusted import missing_files, shown
@@ -45,18 +47,46 @@ class Dataset(ABC):
     """Tokens per expression, start and end included."""
     train_splits: tuple[str, ...]
     eval_splits: tuple[str, ...]
-    published: Mapping[str, Counts] = MappingProxyType({})
-    """What the splits are known to hold."""
-    get_images: str
-    """What to do about images that are missing."""
 
     @property
     def splits(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.train_splits + self.eval_splits))
 
     @property
-    def parts(self) -> tuple[Dataset, ...]:
-        """The data sets that it consists of."""
+    @abstractmethod
+    def sources(self) -> tuple[Source, ...]:
+        """What it is read from."""
+
+    @abstractmethod
+    def locate(self, data: Path) -> None:
+        """Raise a UserError that names everything missing under `data`; quick, so that a sweep can ask first."""
+
+    @abstractmethod
+    def read(self, data: Path, split: str) -> list[Sample]:
+        """Every expression of a split.
+
+        Raises UserError for an unknown or empty split, a file that is missing or damaged, a pickle that holds more
+        than plain data, a referent without annotation or image, and image files that are not there.
+        """
+
+    def require(self, split: str) -> None:
+        """Raises UserError for a split that the dataset does not have."""
+        if split not in self.splits:
+            raise UserError(f"{self.name} has no split {split!r}; its splits are {', '.join(self.splits)}")
+
+
+class Source(Dataset):
+    """A dataset with files of its own."""
+
+    published: Mapping[str, Counts] = MappingProxyType({})
+    """What its splits are known to hold."""
+    get_images: str
+    """What to do about images that are missing."""
+    home: Path | None = None
+    """Where its files lie if not in the data folder."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
         return (self,)
 
     @abstractmethod
@@ -64,22 +94,13 @@ class Dataset(ABC):
         """Whether `data` holds anything of it."""
 
     @abstractmethod
-    def locate(self, data: Path) -> None:
-        """Raise a UserError that names everything missing under `data`; quick, so that a sweep can ask first."""
-
-    @abstractmethod
     def scan(self, data: Path, split: str | None = None) -> dict[str, Part]:
         """Every split that the files hold, or only the one named. UserError where a file is missing or damaged."""
 
     def read(self, data: Path, split: str) -> list[Sample]:
-        """Every expression of a split, ordered by (ref_id, sentence_index).
-
-        Raises UserError for an unknown or empty split, a file that is missing or damaged, a pickle that holds more
-        than plain data, a referent without annotation or image, and image files that are not there.
-        """
+        """Every expression of a split, ordered by (ref_id, sentence_index); raises as `Dataset.read` says."""
         self.require(split)
-        found = self.scan(data, split)
-        part = found.get(split)
+        part = self.scan(data, split).get(split)
         if part is None or not (part.samples or part.problems):
             there = ", ".join(shown(name) for name in sorted(map(str, self.scan(data))))
             raise UserError(f"{self.name} has no referent in the split {split!r}; it has {there or 'none at all'}")
@@ -91,7 +112,12 @@ class Dataset(ABC):
             raise UserError(f"{part.image_folder} lacks {len(missing)} of the images: {some}; {self.get_images}")
         return part.samples
 
-    def require(self, split: str) -> None:
-        """Raises UserError for a split that the dataset does not have."""
-        if split not in self.splits:
-            raise UserError(f"{self.name} has no split {split!r}; its splits are {', '.join(self.splits)}")
+
+def named(value: Any) -> Dataset:
+    """A dataset as an experiment writes it: a name, or {name: {option: value}}. UserError where there is none such."""
+    if isinstance(value, str):
+        value = {value: {}}
+    if not (isinstance(value, Mapping) and len(value) == 1 and isinstance(options := [*value.values()][0], Mapping)):
+        raise UserError(f"a dataset is {reprlib.repr(value)}; write a name, or {{name: {{option: value}}}}")
+    [name] = value
+    return DATASETS.build(DATASETS.resolve(name, options))

@@ -5,21 +5,22 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ris_bench.data.dataset import Counts, Dataset, Part
-from ris_bench.data.samples import NO_TARGET, Sample
-from ris_bench.data.untrusted import read_json, read_pickle
+from ris_bench.data.dataset import Counts, Part, Source
+from ris_bench.data.samples import NO_TARGET, Sample, united
+from ris_bench.data.untrusted import is_text, read_json, read_pickle
 from ris_bench.errors import UserError
 
 IMAGE_FOLDERS = ("images/train2014", "images/mscoco/images/train2014")
 
 
 @dataclass(frozen=True)
-class ReferDataset(Dataset):
+class ReferDataset(Source):
     """A dataset in the REFER layout, with one of its partitions into splits.
 
     `ref["file_name"]` is not the name of the image (`COCO_train2014_000000495169_4.jpg`), so that image_id joins. ids
@@ -64,7 +65,14 @@ class ReferDataset(Dataset):
         refs = read_pickle(refs_path) if refs_path.suffix == ".p" else read_json(refs_path)
         instances = read_json(self._instances(data))
         try:
-            return self._join(refs, instances, split, _image_folder(data))
+            return join(
+                self.name,
+                refs,
+                instances,
+                split,
+                _image_folder(data),
+                f"{self.folder}/instances.json; take both files from one archive",
+            )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(
                 f"{refs_path} or {self._instances(data)} is not in the REFER layout ({type(error).__name__}: {error}); "
@@ -77,81 +85,62 @@ class ReferDataset(Dataset):
     def _refs(self, data: Path) -> list[Path]:
         return [Path(data) / self.folder / f"{self.stem}({self.partition}).{suffix}" for suffix in ("p", "json")]
 
-    def _join(self, refs: Any, instances: Any, split: str | None, image_folder: Path) -> dict[str, Part]:
-        # Equality: `test` must not find testA.
-        refs = sorted((ref for ref in refs if split in (None, ref["split"])), key=lambda ref: ref["ref_id"])
-        images = {image["id"]: image for image in instances["images"]}
-        annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
-        categories = {category["id"]: category["name"] for category in instances["categories"]}
-        parts: dict[str, Part] = {}
-        known = set()
-        for ref in refs:
-            part = parts.setdefault(ref["split"], Part(image_folder))
-            listed = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
-            ann_ids = [] if ref["ann_id"] == [NO_TARGET] else listed
-            image, objects = images.get(ref["image_id"]), [annotations.get(ann_id) for ann_id in ann_ids]
-            if image is None or any(one is None or one["image_id"] != ref["image_id"] for one in objects):
-                part.problems.append(
-                    f"referent {ref['ref_id']} of {self.name} points to annotation {', '.join(map(str, listed))} of "
-                    f"image {ref['image_id']}, which is not in {self.folder}/instances.json; take both files from one "
-                    "archive"
-                )
-            elif ref["ref_id"] in known:
-                part.problems.append(
-                    f"referent {ref['ref_id']} of {self.name} is there twice; replace the file with the original"
-                )
-            elif not all(is_text(sentence[key]) for sentence in ref["sentences"] for key in ("sent", "raw")):
-                part.problems.append(
-                    f"an expression of referent {ref['ref_id']} of {self.name} is no Unicode text; replace the file "
-                    "with the original"
-                )
-            else:
-                part.samples += self._samples(ref, image, objects, categories, image_folder)
-            known.add(ref["ref_id"])
-        return parts
 
-    def _samples(
-        self, ref: Any, image: Any, objects: list[Any], categories: dict[int, str], image_folder: Path
-    ) -> Iterator[Sample]:
-        segmentation = united([one["segmentation"] for one in objects])
-        first, *further = [one["id"] for one in objects] or [NO_TARGET]
-        for index, sentence in enumerate(ref["sentences"]):
-            yield Sample(
-                dataset=self.name,
-                split=ref["split"],
-                ref_id=ref["ref_id"],
-                sent_id=sentence["sent_id"],
-                sentence_index=index,
-                image_id=ref["image_id"],
-                ann_id=first,
-                category="+".join(dict.fromkeys(categories[one["category_id"]] for one in objects)),
-                expression=sentence["sent"].strip(),
-                raw=sentence["raw"],
-                image_path=image_folder / image["file_name"],
-                height=image["height"],
-                width=image["width"],
-                segmentation=segmentation,
-                further_ann_ids=tuple(further),
-            )
+def join(name: str, refs: Any, instances: Any, split: str | None, image_folder: Path, where: str) -> dict[str, Part]:
+    """The splits of a dataset, or only the one named, from its parsed files.
 
-
-def united(segmentations: list[Any]) -> Any:
-    """One segmentation that is the union of several: what it is made of, side by side."""
-    if len(segmentations) == 1:
-        return segmentations[0]
-    parts: list[Any] = []
-    for segmentation in segmentations:
-        parts += [segmentation] if isinstance(segmentation, Mapping) else segmentation
+    `where` ends the message about a referent that points to nothing: the file that lacks it, and what to do. Whatever
+    KeyError, TypeError, ... comes out of another layout is the caller's to explain.
+    """
+    # Equality: `test` must not find testA.
+    refs = sorted((ref for ref in refs if split in (None, ref["split"])), key=lambda ref: ref["ref_id"])
+    images = {image["id"]: image for image in instances["images"]}
+    annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
+    categories = {category["id"]: category["name"] for category in instances["categories"]}
+    parts: dict[str, Part] = {}
+    known = set()
+    for ref in refs:
+        part = parts.setdefault(ref["split"], Part(image_folder))
+        who = f"referent {reprlib.repr(ref['ref_id'])} of {name}"
+        listed = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+        ann_ids = [] if ref["ann_id"] == [NO_TARGET] else listed
+        image, objects = images.get(ref["image_id"]), [annotations.get(ann_id) for ann_id in ann_ids]
+        if image is None or any(one is None or one["image_id"] != ref["image_id"] for one in objects):
+            points = f"annotation {reprlib.repr(ref['ann_id'])} of image {reprlib.repr(ref['image_id'])}"
+            part.problems.append(f"{who} points to {points}, which is not in {where}")
+        elif ref["ref_id"] in known:
+            part.problems.append(f"{who} is there twice; give each an id of its own")
+        elif not all(is_text(sentence[key]) for sentence in ref["sentences"] for key in ("sent", "raw")):
+            part.problems.append(f"{who} has an expression that is no Unicode text; correct it")
+        else:
+            part.samples += _samples(name, ref, image, objects, categories, image_folder)
+        known.add(ref["ref_id"])
     return parts
 
 
-def is_text(value: str) -> bool:
-    """Whether a string can be written as UTF-8: half of a surrogate pair cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _samples(
+    name: str, ref: Any, image: Any, objects: list[Any], categories: dict[int, str], image_folder: Path
+) -> Iterator[Sample]:
+    segmentation = united([one["segmentation"] for one in objects])
+    first, *further = [one["id"] for one in objects] or [NO_TARGET]
+    for index, sentence in enumerate(ref["sentences"]):
+        yield Sample(
+            dataset=name,
+            split=ref["split"],
+            ref_id=ref["ref_id"],
+            sent_id=sentence["sent_id"],
+            sentence_index=index,
+            image_id=ref["image_id"],
+            ann_id=first,
+            category="+".join(dict.fromkeys(categories[one["category_id"]] for one in objects)),
+            expression=sentence["sent"].strip(),
+            raw=sentence["raw"],
+            image_path=image_folder / image["file_name"],
+            height=image["height"],
+            width=image["width"],
+            segmentation=segmentation,
+            further_ann_ids=tuple(further),
+        )
 
 
 def _image_folder(data: Path) -> Path | None:

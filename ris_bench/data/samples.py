@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -23,6 +23,16 @@ MOST_PIXELS = 1 << 26
 
 _ORIENTATION = 0x0112  # The EXIF tag; above 4, width and height change places.
 _LONGEST = 2e6  # Pixels and points of an outline: rasterising takes some 100 bytes for each of them.
+
+
+class Other(NamedTuple):
+    """An annotated object of a sample's image that its expression does not refer to."""
+
+    ann_id: int
+    category: str
+    """Empty where the dataset does not name it."""
+    segmentation: Any
+    """As a sample has it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,8 @@ class Sample:
     compressed or not, of all objects that the expression refers to; or one such dictionary."""
     further_ann_ids: tuple[int, ...] = ()
     """Where the referent is several objects, all but the first."""
+    others: Sequence[Other] | None = field(default=None, compare=False, repr=False)
+    """What else is annotated in the image, crowds aside; None where the dataset does not tell."""
 
     @property
     def referent(self) -> tuple[str, int]:
@@ -176,6 +188,16 @@ def shuffled(samples: Sequence[Sample], seed: int) -> list[Sample]:
     for to, of in zip(taker, giver, strict=True):
         dealt[to] = replace(samples[to], expression=samples[of].expression, raw=samples[of].raw)
     return dealt
+
+
+def united(segmentations: Sequence[Any]) -> Any:
+    """One segmentation that is the union of several: what they are made of, side by side."""
+    if len(segmentations) == 1:
+        return segmentations[0]
+    parts: list[Any] = []
+    for segmentation in segmentations:
+        parts += [segmentation] if isinstance(segmentation, Mapping) else segmentation
+    return parts
 
 
 def _polygon(coordinates: Sequence[float]) -> list[float]:

@@ -30,12 +30,12 @@ def read_pickle(path: Path) -> Any:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); download it again") from error
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, advice: str = "download it again") -> Any:
     """The content of a JSON file. Raises UserError where it is damaged or nested too deeply."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); download it again") from error
+        raise UserError(f"{path} is damaged ({error}); {advice}") from error
 
 
 def missing_files(folder: Path, paths: Iterable[Path]) -> list[Path]:
@@ -47,6 +47,15 @@ def missing_files(folder: Path, paths: Iterable[Path]) -> list[Path]:
         if parent.is_relative_to(folder) and ".." not in parent.relative_to(folder).parts and os.path.isdir(parent):
             there |= {entry.path for entry in os.scandir(parent)}
     return sorted(path for path in wanted if str(path) not in there)
+
+
+def is_text(value: str) -> bool:
+    """Whether a string can be written as UTF-8: half of a surrogate pair, which JSON can spell, cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def shown(name: object) -> str:
