@@ -13,6 +13,7 @@ from typing import Any
 from ris_bench.data.samples import Sample
 from ris_bench.data.untrusted import missing_files, shown
 from ris_bench.errors import UserError
+from ris_bench.records import Choice
 from ris_bench.registry import Registry
 
 DATASETS = Registry("dataset", "ris_bench.data")
@@ -113,11 +114,16 @@ class Source(Dataset):
         return part.samples
 
 
-def named(value: Any) -> Dataset:
+def chosen(value: Any) -> Choice:
     """A dataset as an experiment writes it: a name, or {name: {option: value}}. UserError where there is none such."""
     if isinstance(value, str):
         value = {value: {}}
     if not (isinstance(value, Mapping) and len(value) == 1 and isinstance(options := [*value.values()][0], Mapping)):
         raise UserError(f"a dataset is {reprlib.repr(value)}; write a name, or {{name: {{option: value}}}}")
     [name] = value
-    return DATASETS.build(DATASETS.resolve(name, options))
+    return DATASETS.resolve(name, options)
+
+
+def named(value: Any) -> Dataset:
+    """The dataset of what `chosen` reads."""
+    return DATASETS.build(chosen(value))

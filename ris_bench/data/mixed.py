@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ris_bench.data.dataset import DATASETS, Dataset, Source, named
+from ris_bench.data.dataset import DATASETS, Dataset, Source, chosen
 from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
 
@@ -46,7 +46,11 @@ class Mixed(Dataset):
 @DATASETS("mixed")
 def mixed(*, parts: tuple[str | dict[str, dict[str, Any]], ...]) -> Dataset:
     """Several data sets at once, written as `dataset` is: `mixed: {parts: [refcoco, refcoco+, refcocog-umd]}`."""
-    datasets = [named(part) for part in parts]
+    choices = [chosen(part) for part in parts]
+    for choice in choices:
+        if choice.code is not None:  # it would be no part of what identifies the trial
+            raise UserError(f"dataset 'mixed' cannot have the part {choice.name}, which a plug-in made; mix it there")
+    datasets = [DATASETS.build(choice) for choice in choices]
     names = [dataset.name for dataset in datasets]
     if len(datasets) < 2 or len(set(names)) < len(names):
         raise UserError(f"dataset 'mixed' has the parts {', '.join(names) or 'none'}; name two or more, each once")
