@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -108,7 +109,7 @@ class Source(Dataset):
         if part.problems:
             raise UserError(part.problems[0])
         if missing := missing_files(part.image_folder, (sample.image_path for sample in part.samples)):
-            names = [shown(path.relative_to(part.image_folder)) for path in missing[:3]]
+            names = [shown(os.path.relpath(path, part.image_folder)) for path in missing[:3]]
             some = ", ".join(names) + (", ..." if len(missing) > 3 else "")
             raise UserError(f"{part.image_folder} lacks {len(missing)} of the images: {some}; {self.get_images}")
         return part.samples

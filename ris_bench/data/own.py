@@ -46,7 +46,7 @@ class _Image:
 class _Annotation:
     id: int
     image_id: int
-    segmentation: Any
+    segmentation: list[Any] | dict[str, Any]
     category_id: int | None = None
 
 

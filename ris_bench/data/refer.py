@@ -132,7 +132,7 @@ def _samples(
             sentence_index=index,
             image_id=ref["image_id"],
             ann_id=first,
-            category="+".join(dict.fromkeys(categories[one["category_id"]] for one in objects)),
+            category="+".join(dict.fromkeys(filter(None, (categories[one["category_id"]] for one in objects)))),
             expression=sentence["sent"].strip(),
             raw=sentence["raw"],
             image_path=image_folder / image["file_name"],

@@ -132,7 +132,7 @@ class Sample:
             for part in parts:
                 if isinstance(part, Mapping):
                     rles.append(_run_lengths(part, self.height, self.width))
-                elif len(part) >= 6:
+                elif len(part) >= 6 or isinstance(part, str):
                     # One at a time: a list whose first polygon has four numbers would be taken for boxes.
                     rles += coco_mask.frPyObjects([_polygon(part)], self.height, self.width)
             if not rles:
@@ -196,7 +196,7 @@ def united(segmentations: Sequence[Any]) -> Any:
         return segmentations[0]
     parts: list[Any] = []
     for segmentation in segmentations:
-        parts += [segmentation] if isinstance(segmentation, Mapping) else segmentation
+        parts += segmentation if isinstance(segmentation, list) else [segmentation]
     return parts
 
 
