@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -29,9 +30,27 @@ def iou(intersection: np.ndarray, union: np.ndarray, protocol: Protocol) -> np.n
     return np.where(union > 0, intersection / np.maximum(union, 1), protocol.empty_iou)
 
 
-def scores(intersection: np.ndarray, union: np.ndarray, protocol: Protocol) -> Scores:
-    """The metrics of one split; arguments as for `iou`, and ValueError also where there is no expression."""
-    ious = iou(intersection, union, protocol)
+def scores(
+    intersection: np.ndarray,
+    union: np.ndarray,
+    protocol: Protocol,
+    *,
+    denied: np.ndarray | None = None,
+    targeted: np.ndarray | None = None,
+) -> Scores:
+    """The metrics of one split; arguments as for `iou`, and ValueError also where there is no expression.
+
+    A protocol with `no_target` needs to know where the model `denied` that there is a target, and which expressions
+    are `targeted`, both bool of shape (N,); its Pr@K is of the latter, and 0 where there is none.
+    """
+    if protocol.no_target:
+        # ReLA gres_model/evaluation/refer_evaluation.py:129-168: a label beside the mask decides, right or wrong.
+        right = denied & ~targeted
+        intersection, union = np.where(denied, 0, intersection), np.where(right, 0, union)
+        ious = np.where(right, protocol.empty_iou, iou(intersection, union, replace(protocol, empty_iou=0.0)))
+        judged = ious[targeted]
+    else:
+        judged = ious = iou(intersection, union, protocol)
     if not ious.size:
         raise ValueError("there are no scores of no expressions")
     total_union = int(np.sum(union, dtype=np.int64))
@@ -40,6 +59,6 @@ def scores(intersection: np.ndarray, union: np.ndarray, protocol: Protocol) -> S
         # Where every union is empty, the overall one is an empty union too.
         oiou=int(np.sum(intersection, dtype=np.int64)) / total_union if total_union else protocol.empty_iou,
         miou=math.fsum(ious) / ious.size,  # correctly rounded, so the order of the expressions does not matter
-        precision_at={str(k): float(hit(ious, k).mean()) for k in protocol.precision_at},
+        precision_at={str(k): float(hit(judged, k).mean()) if judged.size else 0.0 for k in protocol.precision_at},
         num_expressions=ious.size,
     )

@@ -34,7 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pycocotools import mask as coco_mask
 
-from ris_bench.data.refcoco import Sample
+from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
 from ris_bench.protocols import GEOMETRIES, Geometry
 from ris_bench.registry import checked

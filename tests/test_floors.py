@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ris_bench"
 FLOORS = [
     ("errors", "records", "registry", "located", "results"),
-    ("data", "metrics", "protocols", "predictions"),
+    ("data", "metrics", "protocols", "predictions", "resampling", "scoring"),
     ("backbones",),
     ("methods",),
     ("head",),

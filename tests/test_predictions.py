@@ -13,7 +13,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from ris_bench import predictions
-from ris_bench.data.refcoco import Sample
+from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
 from ris_bench.predictions import Maps, Prediction, decode, encode, match, read, write
 
