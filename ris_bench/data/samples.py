@@ -95,7 +95,8 @@ class Sample:
         try:
             with Image.open(self.image_path) as file:
                 if file.size != (self.width, self.height):
-                    turned = file.getexif().get(_ORIENTATION, 1) > 4
+                    # Not file.getexif(): that of a PNG looks behind the pixels, and so decodes them.
+                    turned = Image.Image.getexif(file).get(_ORIENTATION, 1) > 4
                     advice = "turn its pixels and remove that" if turned else "replace it with the original image"
                     raise UserError(
                         f"{self.image_path} has {file.width} x {file.height} pixels"
