@@ -17,7 +17,8 @@ from tabulate import tabulate
 from ris_bench.errors import UserError
 from ris_bench.layout import METRICS
 from ris_bench.records import Result, Trial
-from ris_bench.results import Store
+from ris_bench.report import breakdowns
+from ris_bench.results import Store, read_done
 
 if TYPE_CHECKING:  # it imports torch
     from ris_bench.predict import Predictor
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_compare(verbs)
     _add_data(verbs)
     _add_predict(verbs)
+    _add_evaluate(verbs)
+    _add_breakdown(verbs)
+    _add_score(verbs)
     args = parser.parse_args(argv)
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
@@ -241,6 +245,91 @@ def _add_predict(verbs: Any) -> None:
     predict.add_argument("--probability", type=Path, metavar="FILE", help="the probability of one photo")
 
 
+def _add_evaluate(verbs: Any) -> None:
+    evaluate = verbs.add_parser(
+        "evaluate",
+        help="write what a model answers to every expression of a split, to be scored",
+        description="Runs a trained model over a split and writes its predictions for `ris-bench score`.",
+    )
+    evaluate.set_defaults(call=_evaluate)
+    evaluate.add_argument(
+        "checkpoint",
+        metavar="TRIAL|DIR",
+        help="the beginning of a trial's id, or a folder: of a trial, or written by export or import-official",
+    )
+    evaluate.add_argument("--dataset", metavar="NAME", help="such as refcoco (default: what the trial was trained on)")
+    evaluate.add_argument("--split", required=True, metavar="NAME", help="such as testA")
+    evaluate.add_argument(
+        "--data", type=Path, default="datasets", metavar="DIR", help="where refcoco/, ... lie (default: %(default)s)"
+    )
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="a name that ends in .parquet or .json"
+    )
+    evaluate.add_argument(
+        "--maps",
+        action="store_true",
+        help="write the network's logits instead of masks: larger, and exact for protocols that resample them",
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ris_bench import predict  # only now: these import torch
+    from ris_bench.data.dataset import DATASETS
+
+    model = _load(args, args.checkpoint)
+    choice = model.dataset
+    if args.dataset is not None and (choice is None or args.dataset != choice.name):
+        choice = DATASETS.resolve(args.dataset, {})
+    if choice is None:
+        raise UserError(f"{args.checkpoint} does not say what it was trained on: name a data set with --dataset")
+    dataset, options = DATASETS.build(choice), dict(choice.options)
+
+    def report(done: int, total: int) -> None:
+        print(f"\r{done:,} of {total:,} expressions", end="", file=sys.stderr, flush=True)
+
+    number = predict.predict_split(
+        model, dataset, args.split, args.data, args.out, options=options, maps=args.maps, report=report
+    )
+    print(file=sys.stderr)
+    print(f"{args.out}: {number:,} predictions; ris-bench score {args.out} --data {args.data} scores them")
+    return 0
+
+
+def _add_breakdown(verbs: Any) -> None:
+    breakdown = verbs.add_parser(
+        "breakdown",
+        help="the scores of trials by category, size, words, ... of the expressions, and how often what goes wrong",
+        description="Scores groups of expressions, from the table of every expression that a trial keeps.",
+    )
+    breakdown.set_defaults(call=_breakdown)
+    breakdown.add_argument("trials", nargs="+", metavar="TRIAL", help="the beginning of a trial's id, or its folder")
+    breakdown.add_argument(
+        "--by",
+        action="append",
+        choices=list(breakdowns.BY),
+        help="what makes a group; may be repeated (default: everything)",
+    )
+    breakdown.add_argument("--split", action="append", metavar="NAME", help="only this split; may be repeated")
+    _add_results(breakdown)
+    breakdown.add_argument("--json", action="store_true", help="a JSON list on stdout, and nothing else")
+
+
+def _breakdown(args: argparse.Namespace) -> int:
+    store = Store(args.results.absolute())
+    groups = []
+    for name in args.trials:
+        folder = store.find(name)
+        trial, frame = read_done(folder).trial.id, breakdowns.read(folder)
+        there = list(dict.fromkeys(frame["split"]))
+        if absent := [split for split in args.split or () if split not in there]:
+            raise UserError(f"{trial} was not evaluated on {', '.join(absent)}; its splits are {', '.join(there)}")
+        frame = frame[frame["split"].isin(args.split or there)]
+        groups += [group for by in args.by or breakdowns.BY for group in breakdowns.breakdown(trial, frame, by)]
+    print(json.dumps(breakdowns.records(groups), indent=1) if args.json else breakdowns.markdown(groups))
+    return 0
+
+
 def _add_model(verb: argparse.ArgumentParser) -> None:
     """What else a verb is told that loads a trained model."""
     _add_results(verb)
@@ -388,6 +477,55 @@ def _natural(text: str) -> int:
     if (number := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{text} is not at least 0")
     return number
+
+
+SCORE = """\
+Scores one file of predictions, of this harness or of any other model, under several evaluation protocols. The file is
+JSON or Parquet: a row for every expression of the splits that it names, with a mask (COCO's run lengths) or a map of
+logits or probabilities; ris_bench/predictions.py tells the columns.
+
+A mask is scored as it is, and resampled where a protocol compares elsewhere than in the original image; a map is cut as
+the protocol cuts it. ris-bench itself is always among the rows, and the difference to it is a column.
+"""
+
+
+def _add_score(verbs: Any) -> None:
+    score = verbs.add_parser(
+        "score",
+        help="score a file of predictions under several evaluation protocols",
+        description=SCORE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    score.set_defaults(call=_score)
+    score.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="a JSON or Parquet file")
+    score.add_argument(
+        "--data", type=Path, default="datasets", metavar="DIR", help="where refcoco/, ... lie (default: %(default)s)"
+    )
+    score.add_argument(
+        "--protocol",
+        nargs="+",
+        default=[],
+        metavar="P",
+        help="ris-bench, cris, lavt, cgformer, rela, vlt, polyformer, lisa (default: all)",
+    )
+    score.add_argument(
+        "--validation", action="store_true", help="as the protocols select checkpoints, not as they report results"
+    )
+    score.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
+
+
+def _score(args: argparse.Namespace) -> int:
+    from ris_bench import predictions, protocols, scoring  # only now: these import torch
+
+    chosen = [protocols.find(name) for name in args.protocol] or list(protocols.PROTOCOLS.values())
+    given = predictions.read(args.predictions)
+    stage = "validation" if args.validation else "test"
+    scores = scoring.score(given, scoring.load(given, args.data), chosen, stage)
+    if args.json:
+        print(json.dumps(scoring.record(scores, stage), indent=1))
+    else:
+        print(scoring.markdown(scores, stage, masks=given.maps is None), end="")
+    return 0
 
 
 def _count(text: str) -> int:

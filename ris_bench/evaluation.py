@@ -6,24 +6,35 @@ import math
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from ris_bench import metrics
-from ris_bench.data.loading import Batch, Tokenizer, expression_batches
+from ris_bench.data.loading import Tokenizer, expression_batches
 from ris_bench.data.samples import Sample
 from ris_bench.data.transforms import Frame, Letterbox, restore
+from ris_bench.errors import UserError
 from ris_bench.protocols import RIS_BENCH, Protocol
 from ris_bench.records import Scores
 
 COUNTS = ("intersection", "union", "predicted", "target")
 """Columns of pixel counts in the original frame, int64."""
+
+BESIDE = ("distractors", "other_intersection", "other_union")
+"""Columns of what a dataset knows of the image's other objects, Int64; they are absent where it knows of none.
+
+The number of those of the referent's category, missing where that has no name; and the counts of the prediction with
+the one that it overlaps best, by IoU: zeros where there is none.
+"""
 
 _IDENTITY = ("dataset", "split", "ref_id", "sent_id", "sentence_index", "image_id", "ann_id", "category", "expression")
 
@@ -35,33 +46,33 @@ def evaluate(
     model: nn.Module,
     samples: Sequence[Sample],
     *,
-    tokenizer: Tokenizer,
-    threshold: float,
-    batch_size: int,
-    device: torch.device,
-    autocast: torch.dtype | None = None,
-    num_workers: int = 0,
     report: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
 ) -> pd.DataFrame:
-    """One row per expression, in the order of the samples: which it is, and its `COUNTS`.
+    """One row per expression, in the order of the samples: which it is, its `COUNTS`, and what is `BESIDE` it.
 
     Args:
         model: maps image_B3HW and tokens_BL to logits_B1hw; every module is left in the mode in which it came.
-        threshold: a pixel belongs to the mask where its probability is greater; in (0, 1).
-        autocast: arithmetic of the model; None is that of its weights.
         report: called with the number of expressions done and their total as the work goes on.
+        settings: those of `masks`.
 
     Raises FloatingPointError, naming the expression, where a logit is not finite; UserError for a bad image.
     """
-    counts_N4 = torch.zeros(len(samples), len(COUNTS), dtype=torch.int64, device=device)
+    counts_N4 = torch.zeros(len(samples), len(COUNTS), dtype=torch.int64, device=settings["device"])
+    beside = {}
     done = 0
-    batches = expression_batches(samples, tokenizer, model.backbone.image_size, batch_size, num_workers)
-    with _inference(model):
-        for index, predicted_BHW in _predict(model, samples, batches, threshold, device, autocast):
-            counts_N4[index] = _count(predicted_BHW, [samples[i] for i in index])
+    with inference(model):
+        for index, predicted_BHW in masks(model, samples, **settings):
+            shown = [samples[i] for i in index]
+            counts_N4[index] = _count(predicted_BHW, shown)
+            beside.update(zip(index, _beside(predicted_BHW, shown), strict=True))
             report(done := done + len(index), len(samples))
-    identity = {column: [getattr(sample, column) for sample in samples] for column in _IDENTITY}
-    return pd.DataFrame({**identity, **dict(zip(COUNTS, counts_N4.T.cpu().numpy(), strict=True))})
+    columns = {column: [getattr(sample, column) for sample in samples] for column in _IDENTITY}
+    columns |= dict(zip(COUNTS, counts_N4.T.cpu().numpy(), strict=True))
+    if any(sample.others is not None for sample in samples):
+        rows = zip(*(beside[i] for i in range(len(samples))), strict=True)
+        columns |= {name: pd.array(row, dtype="Int64") for name, row in zip(BESIDE, rows, strict=True)}
+    return pd.DataFrame(columns)
 
 
 def scores(frame: pd.DataFrame, protocol: Protocol = RIS_BENCH) -> Scores:
@@ -88,12 +99,8 @@ def overlays(
     samples: Sequence[Sample],
     folder: Path,
     *,
-    tokenizer: Tokenizer,
-    threshold: float,
-    batch_size: int,
-    device: torch.device,
-    autocast: torch.dtype | None = None,
     limit: int = 24,
+    **settings: Any,
 ) -> None:
     """Pictures `<ref_id>-<sentence_index>.png` of at most `limit` samples, spread evenly; raises as `evaluate` does.
 
@@ -102,9 +109,8 @@ def overlays(
     folder.mkdir(parents=True, exist_ok=True)
     spread = np.linspace(0, len(samples) - 1, min(limit, len(samples))).round().astype(int)
     chosen = [samples[i] for i in spread]
-    batches = expression_batches(chosen, tokenizer, model.backbone.image_size, batch_size)
-    with _inference(model):
-        for index, predicted_BHW in _predict(model, chosen, batches, threshold, device, autocast):
+    with inference(model):
+        for index, predicted_BHW in masks(model, chosen, **settings):
             shown = [chosen[i] for i in index]
             intersection_B, union_B, _, _ = _count(predicted_BHW, shown).T.cpu().numpy()
             ious = metrics.iou(intersection_B, union_B, RIS_BENCH)
@@ -114,7 +120,8 @@ def overlays(
 
 
 @contextmanager
-def _inference(model: nn.Module) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module is left in the mode in which it came."""
     # Module by module, since a frozen part may be in eval mode while the model trains.
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -126,30 +133,50 @@ def _inference(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _predict(
+def logits(
     model: nn.Module,
     samples: Sequence[Sample],
-    batches: Iterator[Batch],
-    threshold: float,
+    *,
+    tokenizer: Tokenizer,
+    batch_size: int,
     device: torch.device,
-    autocast: torch.dtype | None,
+    autocast: torch.dtype | None = None,
+    num_workers: int = 0,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Positions of samples whose images have one frame, and their masks in it: bool (B, height, width)."""
-    letterbox = Letterbox(model.backbone.image_size)
-    for batch in batches:
-        logits_BHW = forward(model, batch.image_B3HW, batch.tokens_BL, device, autocast)
-        finite_B = logits_BHW.isfinite().flatten(1).all(1).tolist()
-        groups: dict[Frame, list[int]] = {}
-        for row, (position, finite) in enumerate(zip(batch.index_B.tolist(), finite_B, strict=True)):
-            sample = samples[position]
+    """Positions of samples, and the logits (B, h, w) that the model gives for them, on `device`; within `inference`.
+
+    `autocast` is the arithmetic of the model; None is that of its weights.
+
+    Raises FloatingPointError, naming the expression, where a logit is not finite; UserError for a bad image.
+    """
+    for batch in expression_batches(samples, tokenizer, model.backbone.image_size, batch_size, num_workers):
+        index, logits_BHW = batch.index_B.tolist(), forward(model, batch.image_B3HW, batch.tokens_BL, device, autocast)
+        for position, finite in zip(index, logits_BHW.isfinite().flatten(1).all(1).tolist(), strict=True):
             if not finite:  # Every comparison with NaN is false: it would pass for an empty mask.
+                sample = samples[position]
                 raise FloatingPointError(
                     f"the model's logits are not finite for {sample.expression!r}, sentence {sample.sentence_index} "
                     f"of referent {sample.ref_id} in {sample.dataset} {sample.split}"
                 )
-            groups.setdefault(letterbox.frame(sample.height, sample.width), []).append(row)
+        yield index, logits_BHW
+
+
+def masks(
+    model: nn.Module, samples: Sequence[Sample], *, threshold: float, **settings: Any
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Positions of samples whose images have one frame, and their masks in it: bool (B, height, width).
+
+    A pixel belongs to the mask where its probability is greater than `threshold`, in (0, 1). The other settings are
+    those of `logits`; it raises as that does.
+    """
+    letterbox = Letterbox(model.backbone.image_size)
+    for index, logits_BHW in logits(model, samples, **settings):
+        groups: dict[Frame, list[int]] = {}
+        for row, position in enumerate(index):
+            frame = letterbox.frame(samples[position].height, samples[position].width)
+            groups.setdefault(frame, []).append(row)
         for frame, rows in groups.items():
-            yield batch.index_B[rows].tolist(), restore(logits_BHW[rows], frame) > log_odds(threshold)
+            yield [index[row] for row in rows], restore(logits_BHW[rows], frame) > log_odds(threshold)
 
 
 def forward(
@@ -167,18 +194,45 @@ def log_odds(probability: float) -> float:
 
 def _count(predicted_BHW: Tensor, samples: Sequence[Sample]) -> Tensor:
     """(B, 4) int64: the `COUNTS` of every sample."""
-    masks: dict[tuple[str, int], np.ndarray] = {}
+    truth: dict[tuple[str, int], np.ndarray] = {}
     for sample in samples:
         # The sentences of a referent share its mask, and to decode it costs more than to compare.
-        if sample.referent not in masks:
-            masks[sample.referent] = sample.mask()
+        if sample.referent not in truth:
+            truth[sample.referent] = sample.mask()
     # pycocotools decodes column by column, and to compare two orders is slow.
-    target_BHW = np.array([masks[sample.referent] for sample in samples], dtype=bool, order="C")
+    target_BHW = np.array([truth[sample.referent] for sample in samples], dtype=bool, order="C")
     target_BHW = torch.from_numpy(target_BHW).to(predicted_BHW.device)
     intersection_B, predicted_B, target_B = (
         mask_BHW.sum((1, 2)) for mask_BHW in (predicted_BHW & target_BHW, predicted_BHW, target_BHW)
     )
     return torch.stack([intersection_B, predicted_B + target_B - intersection_B, predicted_B, target_B], dim=1)
+
+
+def _beside(predicted_BHW: Tensor, samples: Sequence[Sample]) -> Iterator[tuple[int | None, int | None, int | None]]:
+    """What is `BESIDE` each sample; None where its dataset does not know."""
+    rles: dict[tuple[str, int], list[dict[str, Any]]] = {}  # by referent, as others are
+    for predicted_HW, sample in zip(predicted_BHW.cpu().numpy(), samples, strict=True):
+        if sample.others is None:
+            yield None, None, None
+            continue
+        if sample.referent not in rles:
+            rles[sample.referent] = list(_rles(sample))
+        own = set(sample.category.split("+")) - {""}
+        distractors = sum(other.category in own for other in sample.others) if own else None
+        intersection = union = 0
+        if others := rles[sample.referent]:
+            predicted = coco_mask.encode(np.asfortranarray(predicted_HW, dtype=np.uint8))
+            best = others[int(coco_mask.iou([predicted], others, [False] * len(others)).argmax())]
+            intersection = int(coco_mask.area(coco_mask.merge([predicted, best], intersect=True)))
+            union = int(coco_mask.area(predicted)) + int(coco_mask.area(best)) - intersection
+        yield distractors, intersection, union
+
+
+def _rles(sample: Sample) -> Iterator[dict[str, Any]]:
+    for other in sample.others:
+        # No expression refers to it, so that it need not be well-formed to score one: `data check` tells of it.
+        with suppress(UserError):
+            yield replace(sample, ann_id=other.ann_id, segmentation=other.segmentation).rle()
 
 
 def picture(

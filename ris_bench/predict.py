@@ -12,7 +12,7 @@ from __future__ import annotations
 import csv
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ris_bench import export
-from ris_bench.data.dataset import DATASETS
+from ris_bench import evaluation, export, predictions
+from ris_bench.data.dataset import DATASETS, Dataset
 from ris_bench.data.loading import Tokenizer
 from ris_bench.data.samples import MOST_PIXELS
 from ris_bench.data.transforms import Letterbox, normalise, restore
@@ -33,6 +33,7 @@ from ris_bench.official import DESCRIPTION, describe
 from ris_bench.records import Choice, Evaluation
 from ris_bench.results import Store
 from ris_bench.training import reduced
+from ris_bench.trial import EVAL_BATCH_SIZE, LOADING_PROCESSES
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """What is read. Pillow would also pass PostScript to an interpreter, and an image may come from anywhere."""
@@ -238,7 +239,62 @@ def _said(record: dict[str, Any], part: str, key: str) -> Any:
     return found.get(key) if isinstance(found, dict) else None
 
 
-# Many
+# A split
+
+
+def predict_split(
+    model: Predictor,
+    dataset: Dataset,
+    split: str,
+    data: Path,
+    out: Path,
+    *,
+    options: Mapping[str, Any] | None = None,
+    maps: bool = False,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Write what the model answers to every expression of a split as a file of `ris_bench.predictions`; how many.
+
+    Args:
+        options: those that the dataset was built with, if any; the file tells them to who scores it.
+        maps: the network's logits instead of masks, for protocols that cut or resample them in their own way.
+        report: called with the number of expressions done and their total.
+
+    Raises UserError as `Dataset.read` and `predictions.write` do, and for a model whose logits are not finite.
+    """
+    samples = dataset.read(data, split)
+    settings = {
+        "tokenizer": model.tokenizer(dataset.word_len),
+        "batch_size": EVAL_BATCH_SIZE,
+        "device": model.device,
+        "autocast": model.autocast,
+        "num_workers": 0 if model.device.type == "cpu" else LOADING_PROCESSES,
+    }
+
+    def answers() -> Iterator[predictions.Prediction]:
+        done = 0
+        if maps:
+            found, kind = evaluation.logits(model.model, samples, **settings), "map_hw"
+        else:
+            found, kind = evaluation.masks(model.model, samples, threshold=model.threshold, **settings), "mask_HW"
+        for index, array_BHW in found:
+            arrays = (array_BHW.float() if maps else array_BHW).cpu().numpy()  # NumPy has no bfloat16
+            for position, array_HW in zip(index, arrays, strict=True):
+                yield predictions.Prediction.of(samples[position], **{kind: array_HW})
+            report(done := done + len(index), len(samples))
+
+    how = predictions.Maps(values="logit", geometry="letterbox", size=model.model.backbone.image_size)
+    try:
+        with evaluation.inference(model.model):
+            predictions.write(
+                out, answers(), maps=how if maps else None, dataset_options={dataset.name: options} if options else None
+            )
+    except FloatingPointError as error:
+        raise UserError(f"{error}: its checkpoint is of no use") from None
+    return len(samples)
+
+
+# Many photos
 
 
 class Pair(NamedTuple):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ris_bench import evaluation
 from ris_bench.data.loading import Tokenizer
-from ris_bench.data.samples import Sample
+from ris_bench.data.samples import Other, Sample
 from ris_bench.data.transforms import CLIP_MEAN, CLIP_STD, Letterbox, restore
 
 SIZE = 64
@@ -165,6 +165,33 @@ def test_the_model_computes_in_the_precision_asked_for_and_nothing_else_does(sam
     whole = evaluation.evaluate(Bright(), samples, **SETTINGS)
     # The logits are right to 1/256; interpolated in bfloat16 they would put borders elsewhere.
     assert (half["predicted"] / whole["predicted"] - 1).abs().max() < 2e-3
+
+
+def test_what_is_beside_the_referent_is_recorded_where_the_dataset_knows(samples):
+    """Asked for everything but white, the model finds the image less the box: 0.6 of it lie under `wide`."""
+
+    def polygon(left, top, right, bottom):
+        return [[left, top, right, top, right, bottom, left, bottom]]
+
+    sample = replace(samples[0], expression="black", category="box+cup")
+    width, height = sample.width, sample.height
+    wide, corner = polygon(0, 0, width, height // 4), polygon(0, 0, 8, 8)
+    others = [Other(1, "box", corner), Other(2, "cup", wide), Other(3, "plate", [[0.0]]), Other(4, "box", None)]
+    known = [replace(sample, others=others), replace(sample, others=[], ref_id=7), replace(sample, ref_id=8)]
+    frame = evaluation.evaluate(Bright(), [*known, replace(known[0], ref_id=9, category="")], **SETTINGS)
+    assert list(frame)[-3:] == list(evaluation.BESIDE)
+    area = width * (height // 4)
+    first = frame.iloc[0]
+    assert first["distractors"] == 3
+    assert first["other_intersection"] == pytest.approx(area, rel=0.01)
+    assert first["other_union"] == first["predicted"] + area - first["other_intersection"]
+    assert frame.loc[1, list(evaluation.BESIDE)].tolist() == [0, 0, 0]
+    assert frame.loc[2, list(evaluation.BESIDE)].isna().all()
+    assert frame["distractors"].isna().tolist() == [False, False, True, True]
+    # What is beside an object changes no count, and where no sample knows there is no column.
+    plain = evaluation.evaluate(Bright(), [sample], **SETTINGS)
+    assert list(plain)[-1] == "target"
+    assert (plain.iloc[0][list(evaluation.COUNTS)] == first[list(evaluation.COUNTS)]).all()
 
 
 def test_progress_is_reported_up_to_the_last_expression(samples):

@@ -15,7 +15,7 @@ import torch
 from conftest import trained
 from PIL import Image
 
-from ris_bench import cli, evaluation, predict
+from ris_bench import cli, evaluation, predict, predictions
 from ris_bench.data.loading import Tokenizer
 from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
@@ -314,6 +314,79 @@ def test_calls_that_cannot_be_meant(photo, home, tmp_path, monkeypatch, capsys):
     for arguments in (["photo.png"], ["photo.png", "  "], ["x.csv", "x"], ["none", "x"]):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["predict", *arguments, *checkpoint])
+
+
+# A split
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """RefCOCO with one photo and three expressions."""
+    folder = tmp_path / "data" / "refcoco"
+    images = tmp_path / "data" / "images" / "train2014"
+    folder.mkdir(parents=True)
+    images.mkdir(parents=True)
+    Image.effect_noise((60, 40), 80).convert("RGB").save(images / "a.jpg")
+    box = [[0, 0, 30, 0, 30, 40, 0, 40]]
+    instances = {
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 40, "width": 60}],
+        "annotations": [{"id": 10, "image_id": 1, "category_id": 1, "segmentation": box, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "cup"}],
+    }
+    sentences = [{"sent": text, "raw": text, "sent_id": i} for i, text in enumerate(("a cup", "cup on the left", ""))]
+    refs = [{"ref_id": 5, "ann_id": 10, "image_id": 1, "split": "testA", "sentences": sentences}]
+    (folder / "instances.json").write_text(json.dumps(instances))
+    (folder / "refs(unc).json").write_text(json.dumps(refs))
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_a_split_is_predicted_into_a_file(maps, home, data, tmp_path, capsys):
+    out = tmp_path / "p.parquet"
+    call = ["evaluate", "refcoco.tiny", "--results", str(home / "results"), "--data", str(data), "--split", "testA"]
+    assert cli.main([*call, "--out", str(out), *(["--maps"] if maps else [])]) == 0
+    assert f"{out}: 3 predictions; ris-bench score" in capsys.readouterr().out
+    found = predictions.read(out)
+    assert [(row.ref_id, row.sentence_index, row.expression) for row in found.rows] == [
+        *((5, 0, "a cup"), (5, 1, "cup on the left"), (5, 2, ""))
+    ]
+    model = load(home / "exported")
+    if maps:
+        assert found.maps == predictions.Maps(values="logit", geometry="letterbox", size=64)
+        assert all(row.map.dtype == np.float16 and np.ptp(row.map) > 0 for row in found.rows)
+    for row in found.rows:
+        expected = model(data / "images" / "train2014" / "a.jpg", row.expression).mask
+        if maps:
+            frame = predict.Letterbox(64).frame(40, 60)
+            logits_HW = predict.restore(torch.from_numpy(row.map.astype(np.float32))[None], frame)[0].numpy()
+            assert (np.mean((logits_HW > evaluation.log_odds(0.35)) != expected)) < 0.01
+        else:
+            assert (expected == predictions.decode(row.counts, 40, 60).T).mean() > 0.999
+
+
+def test_a_split_that_cannot_be_predicted_ends_in_one_line(home, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exported = str(home / "exported")
+    for arguments, message in (
+        ([exported, "--split", "testA"], "does not say what it was trained on: name a data set"),
+        ([exported, "--dataset", "cups", "--split", "testA"], "cups"),
+        ([exported, "--dataset", "refcoco", "--split", "testC"], "has no split 'testC'"),
+        ([exported, "--dataset", "refcoco+", "--split", "testA"], "refcoco\\+ needs"),
+        ([exported, "--dataset", "refcoco", "--split", "testA", "--out", "p.txt"], "must end in"),
+        ([exported, "--dataset", "refcoco", "--split", "testA", "--out", "gone/p.json"], "gone is not a folder"),
+    ):
+        assert cli.main(["evaluate", "--data", "data", "--out", "p.parquet", *arguments]) == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and re.search(message, err), err
+    monkeypatch.setattr(evaluation, "forward", lambda *_: torch.full((3, 8, 8), torch.nan))
+    assert (
+        cli.main(
+            ["evaluate", exported, "--dataset", "refcoco", "--split", "testA", "--data", "data", "--out", "p.json"]
+        )
+        == 2
+    )
+    assert "logits are not finite for 'a cup'" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*p.*"))
 
 
 @pytest.mark.skipif(not SLICE.is_dir(), reason="the slice of real RefCOCOg is not there")

@@ -95,6 +95,15 @@ def test_one_sample_per_expression_in_order_and_joined_by_image_id(root: Path) -
     assert len(set(samples)) == 5
 
 
+def test_other_objects_of_an_image_come_along_but_for_crowds_and_in_training(root: Path) -> None:
+    document = instances()
+    thing = {"image_id": 1, "category_id": 1, "segmentation": []}
+    document["annotations"] += [{"id": 11, "iscrowd": 0, **thing}, {"id": 12, "iscrowd": 1, **thing}]
+    (root / "refcoco" / "instances.json").write_text(json.dumps(document))
+    assert [(other.ann_id, other.category) for other in read(root, "testA")[0].others] == [(11, "cup")]
+    assert all(sample.others is None for sample in read(root))
+
+
 def test_the_other_image_folder(tmp_path: Path) -> None:
     root = write(tmp_path, "refcoco/refs(unc).p", "images/mscoco/images/train2014")
     assert read(root)[0].image().size == (WIDTH, HEIGHT)

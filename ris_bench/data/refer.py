@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ris_bench.data.dataset import Counts, Part, Source
-from ris_bench.data.samples import NO_TARGET, Sample, united
+from ris_bench.data.samples import NO_TARGET, Other, Sample, united
 from ris_bench.data.untrusted import is_text, read_json, read_pickle
 from ris_bench.errors import UserError
 
@@ -97,6 +97,11 @@ def join(name: str, refs: Any, instances: Any, split: str | None, image_folder: 
     images = {image["id"]: image for image in instances["images"]}
     annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
     categories = {category["id"]: category["name"] for category in instances["categories"]}
+    beside: dict[Any, list[Other]] = {}
+    for one in instances["annotations"]:
+        if not one.get("iscrowd"):  # that is many objects, and none of them in particular
+            other = Other(one["id"], categories.get(one.get("category_id"), ""), one.get("segmentation"))
+            beside.setdefault(one["image_id"], []).append(other)
     parts: dict[str, Part] = {}
     known = set()
     for ref in refs:
@@ -113,13 +118,22 @@ def join(name: str, refs: Any, instances: Any, split: str | None, image_folder: 
         elif not all(is_text(sentence[key]) for sentence in ref["sentences"] for key in ("sent", "raw")):
             part.problems.append(f"{who} has an expression that is no Unicode text; correct it")
         else:
-            part.samples += _samples(name, ref, image, objects, categories, image_folder)
+            others = None  # of a training split nobody asks, and it would fill memory
+            if ref["split"] != "train":
+                others = [other for other in beside.get(image["id"], ()) if other.ann_id not in ann_ids]
+            part.samples += _samples(name, ref, image, objects, categories, image_folder, others)
         known.add(ref["ref_id"])
     return parts
 
 
 def _samples(
-    name: str, ref: Any, image: Any, objects: list[Any], categories: dict[int, str], image_folder: Path
+    name: str,
+    ref: Any,
+    image: Any,
+    objects: list[Any],
+    categories: dict[int, str],
+    image_folder: Path,
+    others: list[Other] | None,
 ) -> Iterator[Sample]:
     segmentation = united([one["segmentation"] for one in objects])
     first, *further = [one["id"] for one in objects] or [NO_TARGET]
@@ -140,6 +154,7 @@ def _samples(
             width=image["width"],
             segmentation=segmentation,
             further_ann_ids=tuple(further),
+            others=others,
         )
 
 

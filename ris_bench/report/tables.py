@@ -241,27 +241,29 @@ def _notes(experiment: Experiment, results: Mapping[str, Result], body: _Body) -
     yield from (f"{mark} {meaning}" for mark, meaning in MARKS.items() if mark in used)
 
 
-def _markdown(body: _Body, title: str, notes: Iterable[str]) -> str:
-    def plain(text: str) -> str:
-        return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+def escaped(text: str) -> str:
+    """One line of text for a cell of a Markdown table."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
+
+def _markdown(body: _Body, title: str, notes: Iterable[str]) -> str:
     def printed(leaf: _Leaf, cell: _Cell) -> str:
-        text = f"**{cell.text}**" if cell.best else plain(cell.text)
+        text = f"**{cell.text}**" if cell.best else escaped(cell.text)
         spread = "" if cell.spread is None else f" ± {leaf.format(cell.spread)}"
         return f"{text}{spread} {cell.marks}".rstrip()
 
     lines = tabulate(
         [
-            [*map(plain, labels), *map(printed, body.leaves, cells)]
+            [*map(escaped, labels), *map(printed, body.leaves, cells)]
             for group in body.groups()
             for labels, cells in group
         ],
-        headers=[*map(plain, body.corner), *(plain(leaf.title) for leaf in body.leaves)],
+        headers=[*map(escaped, body.corner), *(escaped(leaf.title) for leaf in body.leaves)],
         tablefmt="pipe",
         colalign=(*("left" for _ in body.corner), *("right" for _ in body.leaves)),
         disable_numparse=True,
     )
-    return f"**{plain(title)}**\n\n{lines}\n\n" + "".join(f"- {plain(note)}\n" for note in notes)
+    return f"**{escaped(title)}**\n\n{lines}\n\n" + "".join(f"- {escaped(note)}\n" for note in notes)
 
 
 _LATEX = str.maketrans(
