@@ -398,8 +398,8 @@ exit code:  0 all well   1 something differs or is at fault   2 bad input, or th
 
 
 def _add_data(verbs: Any) -> None:
-    parser = verbs.add_parser("data", help="look after the data sets")
-    check = parser.add_subparsers(required=True, metavar="VERB").add_parser(
+    parser = verbs.add_parser("data", help="look after the data sets").add_subparsers(required=True, metavar="VERB")
+    check = parser.add_parser(
         "check",
         help="compare the files of a dataset with what is published of it, and with each other",
         description=CHECK,
@@ -416,19 +416,41 @@ def _add_data(verbs: Any) -> None:
     _add_data_folder(check)
     check.add_argument("--json", action="store_true", help="a JSON list on stdout, and nothing else")
 
+    audit = parser.add_parser(
+        "audit",
+        help="say what scores on a dataset can hide",
+        description="Reports images that one split trains on and another evaluates on, referents on whose ground truth "
+        "the released evaluations differ, and expressions that are longer than the model reads.",
+    )
+    audit.set_defaults(call=_audit_data)
+    audit.add_argument("datasets", nargs="*", metavar="NAME", help="as for check (default: all that are there)")
+    _add_data_folder(audit)
+    audit.add_argument("--json", action="store_true", help="a JSON object on stdout, and nothing else")
+
+
+def _named(text: str) -> Any:
+    from ris_bench.data.dataset import named
+    from ris_bench.located import read
+
+    return named(read(text, lambda line: f"dataset {text!r}").plain())
+
+
+def _audit_data(args: argparse.Namespace) -> int:
+    from ris_bench.data import audit  # only now: this imports torch
+
+    chosen = [source for name in args.datasets for source in _named(name).sources]
+    found = audit.audit(chosen or audit.present(args.data), args.data)
+    print(json.dumps(audit.to_dict(*found), indent=1) if args.json else audit.text(*found))
+    return 0
+
 
 def _check_data(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if args.all == (args.dataset is not None):
         parser.error("name a dataset, or --all")
 
     from ris_bench.data import check  # only now: this imports torch
-    from ris_bench.data.dataset import named
-    from ris_bench.located import read
 
-    if args.all:
-        rows = check.check_all(args.data)
-    else:
-        rows = check.check(named(read(args.dataset, lambda line: f"dataset {args.dataset!r}").plain()), args.data)
+    rows = check.check_all(args.data) if args.all else check.check(_named(args.dataset), args.data)
     print(json.dumps([row.to_dict() for row in rows], indent=1) if args.json else check.text(rows))
     return 0 if all(row.ok for row in rows) else 1
 

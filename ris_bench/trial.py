@@ -18,6 +18,7 @@ import torch
 
 from ris_bench import evaluation, plugins
 from ris_bench.backbones.weights import Weights
+from ris_bench.data.audit import separate
 from ris_bench.data.dataset import DATASETS
 from ris_bench.data.loading import ReferentBatches, Tokenizer
 from ris_bench.data.samples import Sample, shuffled
@@ -110,16 +111,20 @@ class _Run:
         self.params = model.count()
         self.log(f"{trial.id} on {device_name(self.device)}: {self.params}")
         self.tokenizer = Tokenizer(dataset.word_len, model.backbone.vocab_size)
+        samples = {split: self.read(dataset, split) for split in trial.eval.splits or dataset.eval_splits}
+        validation = samples.get(trial.eval.select_on) or self.read(dataset, trial.eval.select_on)
         batches = ReferentBatches(
-            dataset.read(self.places.data, training.split),
+            separate(
+                dataset.read(self.places.data, training.split),
+                {**samples, trial.eval.select_on: validation},
+                dataset.leakage,
+            ),
             self.tokenizer,
             model.backbone.image_size,
             training.batch_size,
             trial.seed,
             self.loading_processes,
         )
-        samples = {split: self.read(dataset, split) for split in trial.eval.splits or dataset.eval_splits}
-        validation = samples.get(trial.eval.select_on) or self.read(dataset, trial.eval.select_on)
         self.steps = len(batches) * training.epochs
         sizes = ", ".join(f"{len(expressions)} expressions in {split}" for split, expressions in samples.items())
         self.log(f"{batches.num_referents} referents, {self.steps} steps; {sizes}")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from ris_bench.data.samples import Sample
 from ris_bench.data.untrusted import missing_files, shown
@@ -18,6 +18,9 @@ from ris_bench.records import Choice
 from ris_bench.registry import Registry
 
 DATASETS = Registry("dataset", "ris_bench.data")
+
+Leakage = Literal["forbid", "filter", "allow"]
+"""What becomes of images to train on that an evaluated split holds too: an error, left out, or kept and marked."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Dataset(ABC):
     """Tokens per expression, start and end included."""
     train_splits: tuple[str, ...]
     eval_splits: tuple[str, ...]
+    leakage: Leakage = "forbid"
 
     @property
     def splits(self) -> tuple[str, ...]:

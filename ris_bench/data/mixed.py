@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ris_bench.data.dataset import DATASETS, Dataset, Source, chosen
+from ris_bench.data.dataset import DATASETS, Dataset, Leakage, Source, chosen
 from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
 
@@ -14,15 +14,16 @@ from ris_bench.errors import UserError
 class Mixed(Dataset):
     """The parts side by side. A sample keeps the name of its own dataset, which its ids belong to.
 
-    Its splits are `train` and `val`, of all parts together, and SPLIT/PART of each by itself: `testA/refcoco`. Images
-    that one part trains on and another evaluates on are left in, as in the released code (DETRIS tools/mix.py:35-70).
+    Its splits are `train` and `val`, of all parts together, and SPLIT/PART of each by itself: `testA/refcoco`. One part
+    trains on images that another evaluates on; the released code leaves them in (DETRIS tools/mix.py:35-70), which is
+    `leakage: allow`.
     """
 
     name = "mixed"
     train_splits = ("train",)
 
-    def __init__(self, parts: Sequence[Source]) -> None:
-        self._parts = tuple(parts)
+    def __init__(self, parts: Sequence[Source], leakage: Leakage) -> None:
+        self._parts, self.leakage = tuple(parts), leakage
         self.word_len = max(part.word_len for part in parts)
         together = ("val",) if any("val" in part.splits for part in parts) else ()
         self.eval_splits = together + tuple(f"{split}/{part.name}" for part in parts for split in part.eval_splits)
@@ -44,7 +45,7 @@ class Mixed(Dataset):
 
 
 @DATASETS("mixed")
-def mixed(*, parts: tuple[str | dict[str, dict[str, Any]], ...]) -> Dataset:
+def mixed(*, parts: tuple[str | dict[str, dict[str, Any]], ...], leakage: Leakage = "forbid") -> Dataset:
     """Several data sets at once, written as `dataset` is: `mixed: {parts: [refcoco, refcoco+, refcocog-umd]}`."""
     choices = [chosen(part) for part in parts]
     for choice in choices:
@@ -57,4 +58,4 @@ def mixed(*, parts: tuple[str | dict[str, dict[str, Any]], ...]) -> Dataset:
     for dataset in datasets:
         if not isinstance(dataset, Source):
             raise UserError(f"dataset 'mixed' cannot have the part {dataset.name}, which is none with files of its own")
-    return Mixed(datasets)
+    return Mixed(datasets, leakage)

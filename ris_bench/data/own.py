@@ -26,7 +26,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar, get_type_hints
 
-from ris_bench.data.dataset import DATASETS, Dataset, Part, Source
+from ris_bench.data.dataset import DATASETS, Dataset, Leakage, Part, Source
 from ris_bench.data.refer import join
 from ris_bench.data.samples import NO_TARGET
 from ris_bench.data.untrusted import read_json
@@ -81,6 +81,7 @@ class Own(Source):
     word_len: int
     eval_splits: tuple[str, ...]
     sha256: str | None
+    leakage: Leakage
     train_splits: tuple[str, ...] = ("train",)
 
     get_images = "put them there, or name their folder with the option 'images'"
@@ -140,6 +141,7 @@ def own(
     word_len: int = 22,
     eval_splits: tuple[str, ...] = ("val",),
     sha256: str | None = None,
+    leakage: Leakage = "forbid",
 ) -> Dataset:
     """A data set of one's own: `own: {file: mine/cups.json, images: mine/photos}`.
 
@@ -154,7 +156,7 @@ def own(
         raise UserError(f"option 'name' of dataset 'own' is {name!r}; use letters, digits, _ . + -, and not 'shuffled'")
     if not 3 <= word_len <= 77:
         raise UserError(f"option 'word_len' of dataset 'own' is {word_len}; CLIP's text encoders read 3 to 77 tokens")
-    return Own(name, file, folder, word_len, eval_splits, sha256)
+    return Own(name, file, folder, word_len, eval_splits, sha256, leakage)
 
 
 def _records(document: Mapping[str, Any], key: str, kind: type[Record], path: Path) -> list[Record]:

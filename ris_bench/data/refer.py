@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ris_bench.data.dataset import Counts, Part, Source
+from ris_bench.data.dataset import Counts, Leakage, Part, Source
 from ris_bench.data.samples import NO_TARGET, Other, Sample, united
 from ris_bench.data.untrusted import is_text, read_json, read_pickle
 from ris_bench.errors import UserError
@@ -38,6 +38,7 @@ class ReferDataset(Source):
     published: Mapping[str, Counts] = field(default_factory=dict, hash=False)
     stem: str = "refs"
     """What stands before the parentheses."""
+    leakage: Leakage = "forbid"
 
     get_images = "unpack train2014.zip of cocodataset.org there"
 

@@ -30,6 +30,7 @@ DEFINITIONS = {
 MARKS = {
     "†": "Some of the seeds have no result.",
     "‡": "The checkpoint was selected on a test split.",
+    "§": "Images of evaluated splits were left in the training split.",
 }
 
 
@@ -176,6 +177,8 @@ def _cell(leaf: _Leaf, runs: Sequence[Run], results: Mapping[str, Result]) -> _C
     marks = "†" if len(numbers) < len(runs) else ""
     if value in METRICS and any(run.trial.eval.select_on.startswith("test") for run in runs):
         marks += "‡"
+    if value in METRICS and any(run.trial.dataset.options.get("leakage") == "allow" for run in runs):
+        marks += "§"
     return _Cell(leaf.format(mean), mean, spread, marks)
 
 
@@ -282,6 +285,7 @@ _LATEX = str.maketrans(
         "±": r"$\pm$",
         "†": r"$^\dagger$",
         "‡": r"$^\ddagger$",
+        "§": r"$^\S$",
     }
 )
 
