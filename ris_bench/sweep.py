@@ -331,12 +331,14 @@ def _tune(
 
         def on_trial_error(self, trial: Any, **info: Any) -> None:
             ours, error = unfinished.pop(trial.config["trial"]), trial.get_pickled_error()
-            reason = one_line(error)
-            if isinstance(error, RayActorError):
+            # What a trial raises is a result already. Here its process is gone, perhaps with the error that it had.
+            if error is not None and not isinstance(error, RayActorError):
+                reason = one_line(error)
+            elif ours.id in begun:
                 reason = "its process died twice: killed, out of memory, or its node was lost"
-                if ours.id not in begun:
-                    reason = "its process could not start: does every node have this package, in this version?"
-            watcher.finished(job.lost(ours, reason, str(error)))
+            else:
+                reason = "its process could not start: does every node have this package, in this version?"
+            watcher.finished(job.lost(ours, reason, str(error or "")))
 
     tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1, "gpu": gpus}),
