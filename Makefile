@@ -8,7 +8,7 @@ quickstart: .venv/installed
 	$(BIN)/python run_bench.py experiments/quickstart.yaml
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
 
 lint: .venv/installed
 	$(BIN)/ruff check .
