@@ -1,0 +1,76 @@
+"""Arguments that several verbs share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # it imports torch
+    from ris_bench.predict import Predictor
+
+
+CHECKPOINT: dict[str, Any] = {
+    "metavar": "TRIAL|DIR",
+    "help": "the beginning of a trial's id, or a folder: of a trial, or written by export or import-official",
+}
+"""How a trained model is named."""
+
+
+def add_results(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--results", type=Path, default="results", metavar="DIR", help="where results are kept (default: %(default)s)"
+    )
+
+
+def add_data_folder(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--data",
+        type=Path,
+        default="datasets",
+        metavar="DIR",
+        help="where refcoco/, ... and images/ lie (default: %(default)s)",
+    )
+
+
+def add_plugins(verb: argparse.ArgumentParser, when: str = "") -> None:
+    verb.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"{when}a module or .py file that the trial's experiment names as a plug-in; may be repeated",
+    )
+
+
+def load_plugins(args: argparse.Namespace) -> None:
+    from ris_bench import plugins  # only now: it imports torch
+
+    for name in args.plugin:
+        plugins.find(name, Path()).load()
+
+
+def add_model(verb: argparse.ArgumentParser) -> None:
+    """What else a verb is told that loads a trained model."""
+    add_results(verb)
+    verb.add_argument("--weights", type=Path, metavar="DIR", help="where pretrained weights lie (default: as run)")
+    verb.add_argument(
+        "--threshold",
+        type=float,
+        metavar="P",
+        help="a pixel is in the mask where its probability is greater (default: the checkpoint's own, else 0.35)",
+    )
+    add_plugins(verb)
+
+
+def load_model(args: argparse.Namespace, checkpoint: str) -> Predictor:
+    from ris_bench import predict  # only now: it imports torch
+
+    load_plugins(args)
+    return predict.load(checkpoint, results=args.results, weights=args.weights, threshold=args.threshold)
+
+
+def count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number

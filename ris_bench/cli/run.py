@@ -1,0 +1,152 @@
+"""ris-bench run, which run_bench.py is too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from ris_bench.cli.arguments import add_data_folder, add_results, count
+from ris_bench.errors import UserError
+from ris_bench.records import Result, Trial
+from ris_bench.results import Store
+
+RUN = """\
+Runs every trial of an experiment that has no result yet and prints the table. Results are kept by trial and shared by
+experiments; the same command goes on where an earlier one stopped, and runs trials that failed again.
+
+exit code:  0 all well   1 a trial failed   2 bad input, nothing was run   130 stopped
+
+On a cluster (--address) every node must see the results, data and weights under the same paths and have this package
+installed; its driver and nodes need one token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE.
+"""
+
+
+def add(verbs: Any) -> None:
+    from_checkout = Path(sys.argv[0]).name == "run_bench.py"
+    run = verbs.add_parser(
+        "run",
+        prog="run_bench.py" if from_checkout else None,
+        help="run what an experiment lacks and print its table",
+        description=RUN,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.set_defaults(call=lambda args: _call(args, run))
+    run.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
+    run.add_argument(
+        "--dry-run", action="store_true", help="print the trials with their parameter counts; needs no data or weights"
+    )
+    run.add_argument("--json", action="store_true", help="with --dry-run: a JSON list on stdout, and nothing else")
+    run.add_argument("--only", default="", metavar="TEXT", help="only trials whose id contains TEXT")
+    run.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace a key of the experiment's defaults, such as train.epochs=2; may be repeated",
+    )
+    add_results(run)
+    add_data_folder(run)
+    run.add_argument(
+        "--weights", type=Path, metavar="DIR", help="where pretrained weights lie (default: caches and the hub)"
+    )
+    run.add_argument(
+        "--executor",
+        choices=("ray", "local"),
+        default="ray",
+        help="through Ray Tune (default), or one after another in this process",
+    )
+    ray = run.add_argument_group("with Ray")
+    ray.add_argument("--max-concurrent", type=count, metavar="N", help="trials at a time (default: as many as fit)")
+    ray.add_argument(
+        "--gpus-per-trial",
+        type=_share,
+        metavar="F",
+        help="0 to 1: 0.5 puts two trials on a GPU, 0 all on CPUs (default: 1 where there is a GPU)",
+    )
+    ray.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="a running cluster, or `auto` for the one of this machine (default: start Ray here)",
+    )
+
+
+def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    ray_options = {
+        "address": args.address,
+        "max_concurrent": args.max_concurrent,
+        "gpus_per_trial": args.gpus_per_trial,
+    }
+    if args.executor == "local" and any(value is not None for value in ray_options.values()):
+        parser.error("--max-concurrent, --gpus-per-trial and --address say something to Ray: not with --executor local")
+    if args.json and not args.dry_run:
+        parser.error("--json goes with --dry-run")
+
+    # Only now: these import torch.
+    from ris_bench import sweep
+    from ris_bench.experiment import load
+    from ris_bench.report import tables
+    from ris_bench.trial import Places, run_trial
+
+    experiment = load(args.experiment, args.set)
+    store = Store(args.results.absolute())  # the processes of Ray work in other folders
+    known: dict[str, Result] = {}
+    waiting = sweep.pending(experiment, store, known, args.only)
+    trials = [trial for trial in experiment.trials(known) if args.only in trial.id]
+    if not trials:
+        raise UserError(f"no trial of {args.experiment} has {args.only!r} in its id: --dry-run lists the ids")
+    if args.dry_run:
+        _print_trials(trials, len(waiting), experiment.choose, as_json=args.json)
+        return 0
+
+    places = Places(data=args.data.absolute(), weights=args.weights and args.weights.absolute())
+    executor = sweep.in_process() if args.executor == "local" else sweep.through_ray(**ray_options)
+    job = sweep.Job(run_trial, store, places, experiment.plugins)
+    results = sweep.run(experiment, job, executor, only=args.only)
+
+    table = tables.render(experiment, results)
+    tables.write(table, store.root / experiment.name)
+    print(table.markdown, end="", flush=True)
+    failed = [result for key, result in results.items() if result.status == "failed" and args.only in key]
+    for result in failed:
+        log = args.results / "trials" / result.trial.id / "log.txt"
+        print(f"failed: {result.trial.id}: {result.error}; see {log}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _print_trials(trials: list[Trial], waiting: int, chosen: Sequence[str], *, as_json: bool) -> None:
+    from ris_bench.sweep import count_parameters
+
+    counts = count_parameters(trials)
+    rows = [
+        {
+            "id": trial.id,
+            "backbone": trial.backbone.name,
+            "method": trial.method.name,
+            "dataset": trial.dataset.name,
+            "seed": trial.seed,
+            "params": asdict(counts[trial.id]),
+        }
+        for trial in trials
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    for row in rows:
+        row |= {name.replace("_", " "): number for name, number in row.pop("params").items()}
+    print(tabulate(rows, headers="keys", intfmt=("", "", "", "", "", *[","] * 4)))
+    later = f"; more once the best {' and '.join(chosen)} is known" if chosen else ""
+    print(f"\n{len(trials)} trials, {waiting} to run{later}")
+
+
+def _share(text: str) -> float:
+    # A trial computes on one device, so that more would idle.
+    if not 0 <= (number := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return number
