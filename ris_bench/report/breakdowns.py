@@ -128,10 +128,10 @@ def breakdown(trial: str, frame: pd.DataFrame, by: str) -> list[Group]:
 def _group(trial: str, split: str, by: str, name: str, rows: pd.DataFrame) -> Group:
     intersection, union = (rows[column].to_numpy() for column in ("intersection", "union"))
     scores = metrics.scores(intersection, union, RIS_BENCH)
-    targeted = rows[rows["target"] > 0]
+    failed = failures(rows)
 
-    def share(is_so: pd.Series) -> float | None:
-        known = is_so.dropna()
+    def share(failure: str) -> float | None:
+        known = failed[failure].dropna()
         return float(known.mean()) if len(known) else None
 
     return Group(
@@ -143,10 +143,23 @@ def _group(trial: str, split: str, by: str, name: str, rows: pd.DataFrame) -> Gr
         miou=scores.miou,
         oiou=scores.oiou,
         precision=scores.precision_at["0.5"],
-        zero_iou=share(targeted["intersection"] == 0),
-        empty=share(targeted["predicted"] == 0),
-        wrong_instance=share(_wrong(targeted)),
+        zero_iou=share("zero_iou"),
+        empty=share("empty"),
+        wrong_instance=share("wrong_instance"),
     )
+
+
+def failures(frame: pd.DataFrame) -> pd.DataFrame:
+    """What goes wrong with every expression: the rates of `Group` as columns of booleans, with the frame's index.
+
+    They are missing for an expression without a target, and where it is not recorded.
+    """
+    is_so = {
+        "zero_iou": (frame["intersection"] == 0).astype("boolean"),
+        "empty": (frame["predicted"] == 0).astype("boolean"),
+        "wrong_instance": _wrong(frame),
+    }
+    return pd.DataFrame({name: values.where(frame["target"] > 0) for name, values in is_so.items()})
 
 
 def _wrong(frame: pd.DataFrame) -> pd.Series:
