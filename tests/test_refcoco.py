@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from ris_bench.data import refcoco
-from ris_bench.data.refcoco import Dataset
+from ris_bench.data.refer import ReferDataset
 from ris_bench.data.samples import Sample, shuffled
 from ris_bench.errors import UserError
 
@@ -110,7 +110,7 @@ def test_the_other_image_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name, dataset", DATASETS.items())
-def test_every_dataset_reads_its_own_files(name: str, dataset: Dataset, tmp_path: Path) -> None:
+def test_every_dataset_reads_its_own_files(name: str, dataset: ReferDataset, tmp_path: Path) -> None:
     write(tmp_path, f"{dataset.folder}/refs({dataset.partition}).p")
     assert {s.dataset for s in dataset.read(tmp_path, "train")} == {name}
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from ris_bench import cli, metrics, predictions, protocols, scoring
-from ris_bench.data.refcoco import DATASETS
+from ris_bench.data.dataset import DATASETS
 from ris_bench.data.samples import Sample
 from ris_bench.predictions import Maps, Prediction, encode
 from ris_bench.protocols import RIS_BENCH

@@ -6,11 +6,8 @@
 
 from __future__ import annotations
 
-# scenes.py takes its names from here: an edit of that file makes its data sets anew.
 from ris_bench.data.dataset import DATASETS, Counts, Leakage
-from ris_bench.data.refer import IMAGE_FOLDERS as IMAGE_FOLDERS
-from ris_bench.data.refer import ReferDataset as Dataset
-from ris_bench.data.samples import Sample as Sample
+from ris_bench.data.refer import ReferDataset
 
 PUBLISHED = {
     "refcoco": {
@@ -46,37 +43,37 @@ gRefCOCO's splits nothing was."""
 
 
 @DATASETS("refcoco")
-def refcoco(*, leakage: Leakage = "forbid") -> Dataset:
+def refcoco(*, leakage: Leakage = "forbid") -> ReferDataset:
     """Yu et al., "Modeling Context in Referring Expressions", ECCV 2016. testA is people, testB everything else."""
     return _dataset("refcoco", "refcoco", "unc", 17, ("val", "testA", "testB"), leakage=leakage)
 
 
 @DATASETS("refcoco-google")
-def refcoco_google(*, leakage: Leakage = "forbid") -> Dataset:
+def refcoco_google(*, leakage: Leakage = "forbid") -> ReferDataset:
     """RefCOCO as split by object, so images of val and test are in train too."""
     return _dataset("refcoco-google", "refcoco", "google", 17, ("val", "test"), leakage=leakage)
 
 
 @DATASETS("refcoco+")
-def refcoco_plus(*, leakage: Leakage = "forbid") -> Dataset:
+def refcoco_plus(*, leakage: Leakage = "forbid") -> ReferDataset:
     """RefCOCO's sister without words of place."""
     return _dataset("refcoco+", "refcoco+", "unc", 17, ("val", "testA", "testB"), leakage=leakage)
 
 
 @DATASETS("refcocog-umd")
-def refcocog_umd(*, leakage: Leakage = "forbid") -> Dataset:
+def refcocog_umd(*, leakage: Leakage = "forbid") -> ReferDataset:
     """Mao et al., "Generation and Comprehension of Unambiguous Object Descriptions", CVPR 2016; splits by image."""
     return _dataset("refcocog-umd", "refcocog", "umd", 22, ("val", "test"), leakage=leakage)
 
 
 @DATASETS("refcocog-google")
-def refcocog_google(*, leakage: Leakage = "forbid") -> Dataset:
+def refcocog_google(*, leakage: Leakage = "forbid") -> ReferDataset:
     """RefCOCOg as first split: by object, so images of val are in train too; its test split was never released."""
     return _dataset("refcocog-google", "refcocog", "google", 22, ("val",), leakage=leakage)
 
 
 @DATASETS("grefcoco")
-def grefcoco(*, leakage: Leakage = "forbid") -> Dataset:
+def grefcoco(*, leakage: Leakage = "forbid") -> ReferDataset:
     """Liu et al., "GRES: Generalized Referring Expression Segmentation", CVPR 2023: an expression means one object,
     several or none. Its code reads 20 tokens (ReLA gres_model/config.py, MAX_TOKENS)."""
     return _dataset("grefcoco", "grefcoco", "unc", 20, ("val", "testA", "testB"), stem="grefs", leakage=leakage)
@@ -91,6 +88,6 @@ def _dataset(
     stem: str = "refs",
     *,
     leakage: Leakage,
-) -> Dataset:
+) -> ReferDataset:
     published = PUBLISHED.get(name, {})
-    return Dataset(name, folder, partition, word_len, eval_splits, published=published, stem=stem, leakage=leakage)
+    return ReferDataset(name, folder, partition, word_len, eval_splits, published=published, stem=stem, leakage=leakage)

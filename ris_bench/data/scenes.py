@@ -29,7 +29,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from ris_bench.data.refcoco import DATASETS, IMAGE_FOLDERS, Dataset, Sample
+from ris_bench.data.dataset import DATASETS
+from ris_bench.data.refer import IMAGE_FOLDERS, ReferDataset
+from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
 
 PRETRAINING_SEED = 1 << 20
@@ -413,7 +415,7 @@ WEIGHTS = {"category": 6, "colour": 12, "size": 12, "texture": 12, "place": 12, 
 
 
 @dataclass(frozen=True)
-class Scenes(Dataset):
+class Scenes(ReferDataset):
     """Generated when first asked for, into $RIS_BENCH_CACHE or ~/.cache/ris-bench; a data folder is not needed."""
 
     num_train: int = 0
@@ -556,7 +558,7 @@ def _ref(
 
 
 @DATASETS("scenes")
-def scenes(*, num_train: int = 2000, num_eval: int = 150, seed: int = 0) -> Dataset:
+def scenes(*, num_train: int = 2000, num_eval: int = 150, seed: int = 0) -> ReferDataset:
     """Generated scenes: `num_train` in train and `num_eval` in each of val, testA and testB, which share none."""
     if num_train < 1 or num_eval < 1 or not 0 <= seed < PRETRAINING_SEED:
         raise UserError(
