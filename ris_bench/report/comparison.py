@@ -29,6 +29,9 @@ if TYPE_CHECKING:  # it imports torch, with the methods that it names
 LEVEL = 0.05
 """Of significance, once corrected."""
 
+NUMBERS = ("Difference", "95% interval", "p", "p (Holm)", "Seed SD", "Seed noise")
+"""Headers of what is printed of a comparison."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -88,29 +91,40 @@ class Comparisons:
 
     def markdown(self) -> str:
         """The table and its notes; differences in percentage points."""
-        around = list(dict.fromkeys(axis for row in self.rows for axis in row.axes if axis != self.axis))
-        left = [*map(_header, around), "Split", "Metric", _header(self.axis)]
-        right = ["Difference", "95% interval", "p", "p (Holm)", "Seed SD", "Seed noise"]
-        lines, above = [], []
-        for row in self.rows:
-            labels = [*(self._printed(row.axes.get(axis, "")) for axis in around), row.split, METRICS[row.metric]]
-            shared = len(os.path.commonprefix([labels, above]))
-            lines.append([*[""] * shared, *labels[shared:], self._printed(row.axes[self.axis]), *_cells(row)])
-            above = labels
+        headers, lines, above = self.headers(), [], []
+        for labels, cells in self.lines():
+            shared = len(os.path.commonprefix([labels[:-1], above]))
+            lines.append([*[""] * shared, *labels[shared:], *cells])
+            above = labels[:-1]
         table = tabulate(
             [map(_plain, line) for line in lines],
-            headers=[*map(_plain, left), *right],
+            headers=[*map(_plain, headers), *NUMBERS],
             tablefmt="pipe",
-            colalign=(*("left" for _ in left), *("right" for _ in right)),
+            colalign=(*("left" for _ in headers), *("right" for _ in NUMBERS)),
             disable_numparse=True,
         )
         title = _plain(f"{self.experiment.title}: against {self.against}")
-        return f"**{title}**\n\n{table}\n\n" + "".join(f"- {_plain(note)}\n" for note in self._notes())
+        return f"**{title}**\n\n{table}\n\n" + "".join(f"- {_plain(note)}\n" for note in self.notes())
+
+    def headers(self) -> list[str]:
+        """Of the labels of every line; those of the numbers are NUMBERS."""
+        return [*map(_header, self._around), "Split", "Metric", _header(self.axis)]
+
+    def lines(self) -> Iterator[tuple[list[str], list[str]]]:
+        """Labels and numbers of every row, as printed."""
+        for row in self.rows:
+            around = (self._printed(row.axes.get(axis, "")) for axis in self._around)
+            yield [*around, row.split, METRICS[row.metric], self._printed(row.axes[self.axis])], _cells(row)
+
+    @property
+    def _around(self) -> list[str]:
+        return list(dict.fromkeys(axis for row in self.rows for axis in row.axes if axis != self.axis))
 
     def _printed(self, label: str) -> str:
         return self.experiment.table.labels.get(label, label)
 
-    def _notes(self) -> Iterator[str]:
+    def notes(self) -> Iterator[str]:
+        """What a reader of the table must know."""
         number = len(self.rows)
         yield (
             f"Difference: the row minus {self.against}, in percentage points; ▲ better, ▼ worse, both only where p "
