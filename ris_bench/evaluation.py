@@ -52,7 +52,7 @@ def evaluate(
     """One row per expression, in the order of the samples: which it is, its `COUNTS`, and what is `BESIDE` it.
 
     Args:
-        model: maps image_B3HW and tokens_BL to logits_B1hw; every module is left in the mode in which it came.
+        model: as `RISModel`; every module is left in the mode in which it came.
         report: called with the number of expressions done and their total as the work goes on.
         settings: those of `masks`.
 
@@ -150,7 +150,8 @@ def logits(
     Raises FloatingPointError, naming the expression, where a logit is not finite; UserError for a bad image.
     """
     for batch in expression_batches(samples, tokenizer, model.backbone.image_size, batch_size, num_workers):
-        index, logits_BHW = batch.index_B.tolist(), forward(model, batch.image_B3HW, batch.tokens_BL, device, autocast)
+        index = batch.index_B.tolist()
+        logits_BHW = forward(model, batch.image_U3HW, batch.row_B, batch.tokens_BL, device, autocast)
         for position, finite in zip(index, logits_BHW.isfinite().flatten(1).all(1).tolist(), strict=True):
             if not finite:  # Every comparison with NaN is false: it would pass for an empty mask.
                 sample = samples[position]
@@ -180,11 +181,17 @@ def masks(
 
 
 def forward(
-    model: nn.Module, image_B3HW: Tensor, tokens_BL: Tensor, device: torch.device, autocast: torch.dtype | None
+    model: nn.Module,
+    image_U3HW: Tensor,
+    row_B: Tensor,
+    tokens_BL: Tensor,
+    device: torch.device,
+    autocast: torch.dtype | None,
 ) -> Tensor:
-    """Logits (B, h, w) of a batch from anywhere, on `device`."""
+    """Logits (B, h, w), on `device`, of expressions of images that lie anywhere: each of the one in its row."""
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        return model(image_B3HW.to(device), tokens_BL.to(device))[:, 0]
+        known = model.known(image_U3HW.to(device))
+        return model(known[row_B.to(device)], tokens_BL.to(device))[:, 0]
 
 
 def log_odds(probability: float) -> float:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ris_bench.backbones.base import BACKBONES, Backbone
+from ris_bench.backbones.base import BACKBONES, Backbone, Known
 from ris_bench.backbones.weights import Weights
 from ris_bench.data.dataset import DATASETS
 from ris_bench.errors import UserError
@@ -26,8 +26,13 @@ class RISModel(nn.Module):
         super().__init__()
         self.backbone, self.method, self.head = backbone, method, head
 
-    def forward(self, image_B3HW: Tensor, tokens_BL: Tensor) -> Tensor:
-        return self.head(self.method(self.backbone, image_B3HW, tokens_BL))
+    def forward(self, image: Tensor | Known, tokens_BL: Tensor) -> Tensor:
+        """What `ImageTower.known` says of images can stand in their place."""
+        return self.head(self.method(self.backbone, image, tokens_BL))
+
+    def known(self, image: Tensor | Known) -> Tensor | Known:
+        """As `ImageTower.known`."""
+        return self.backbone.image.known(image)
 
     def moving_statistics(self, *parts: nn.Module) -> dict[str, Tensor]:
         """Running means and variances that training moves, by name; of the whole model if no part is named."""

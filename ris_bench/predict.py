@@ -122,7 +122,7 @@ class Predictor:
         letterbox = Letterbox(self.model.backbone.image_size)
         image_B3HW = normalise(torch.from_numpy(letterbox.image(photo))[None])
         tokens_BL = self.tokenizer()([expression])
-        logits_BHW = forward(self.model, image_B3HW, tokens_BL, self.device, self.autocast)
+        logits_BHW = forward(self.model, image_B3HW, torch.tensor([0]), tokens_BL, self.device, self.autocast)
         if not logits_BHW.isfinite().all():
             raise UserError(f"the model's logits are not finite for {expression!r}: its checkpoint is of no use")
         logits_HW = restore(logits_BHW, letterbox.frame(photo.height, photo.width))[0]

@@ -58,13 +58,19 @@ def train(
             # BatchNorm in the head needs two samples in each part of a batch that is split.
             parts = min(training.accumulate, max(1, size // 2))
             loss = 0.0
-            for image, tokens, mask in zip(
-                *(t.tensor_split(parts) for t in (batch.image_B3HW, batch.tokens_BL, batch.mask_B1HW)), strict=True
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                known = model.known(batch.image_U3HW.to(device, non_blocking=True))
+            for row, tokens, mask in zip(
+                *(
+                    t.to(device, non_blocking=True).tensor_split(parts)
+                    for t in (batch.row_B, batch.tokens_BL, batch.mask_B1HW)
+                ),
+                strict=True,
             ):
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    logits = model(image.to(device, non_blocking=True), tokens.to(device, non_blocking=True))
-                part = segmentation_loss(logits, mask.to(device, non_blocking=True), training.dice)
-                part = part * (len(image) / size)
+                    logits = model(known[row], tokens)
+                part = segmentation_loss(logits, mask, training.dice)
+                part = part * (len(row) / size)
                 scaler.scale(part).backward()
                 loss += part.item()
             if not math.isfinite(loss):

@@ -16,13 +16,15 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 
-from ris_bench import evaluation, plugins
+from ris_bench import cache, evaluation, plugins
 from ris_bench.backbones.weights import Weights
 from ris_bench.data.audit import separate
 from ris_bench.data.dataset import DATASETS
-from ris_bench.data.loading import ReferentBatches, Tokenizer
+from ris_bench.data.loading import Pixels, ReferentBatches, Tokenizer
 from ris_bench.data.samples import Sample, shuffled
-from ris_bench.model import build
+from ris_bench.data.transforms import Letterbox
+from ris_bench.features import FrozenFeatures, Room, frozen_features
+from ris_bench.model import RISModel, build
 from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial
 from ris_bench.training import reduced, train
 
@@ -38,6 +40,8 @@ class Places(NamedTuple):
 
     data: Path
     weights: Path | None
+    feature_bytes: int = 0
+    """How much room frozen features may take in the cache folder."""
 
 
 class Progress(NamedTuple):
@@ -113,17 +117,19 @@ class _Run:
         self.tokenizer = Tokenizer(dataset.word_len, model.backbone.vocab_size)
         samples = {split: self.read(dataset, split) for split in trial.eval.splits or dataset.eval_splits}
         validation = samples.get(trial.eval.select_on) or self.read(dataset, trial.eval.select_on)
+        learnt = separate(
+            dataset.read(self.places.data, training.split),
+            {**samples, trial.eval.select_on: validation},
+            dataset.leakage,
+        )
         batches = ReferentBatches(
-            separate(
-                dataset.read(self.places.data, training.split),
-                {**samples, trial.eval.select_on: validation},
-                dataset.leakage,
-            ),
+            learnt,
             self.tokenizer,
             model.backbone.image_size,
             training.batch_size,
             trial.seed,
             self.loading_processes,
+            self.features(model, learnt),
         )
         self.steps = len(batches) * training.epochs
         sizes = ", ".join(f"{len(expressions)} expressions in {split}" for split, expressions in samples.items())
@@ -156,6 +162,20 @@ class _Run:
         evaluation.write(frames, self.folder / "expressions.parquet")
         evaluation.overlays(model, validation, self.folder / "overlays", **self.settings)
         self.cost = self.measure(batches.num_referents * training.epochs)
+
+    def features(self, model: RISModel, samples: list[Sample]) -> FrozenFeatures | None:
+        with evaluation.inference(model):
+            return frozen_features(
+                model.backbone.image,
+                samples,
+                Pixels(Letterbox(model.backbone.image_size), 0).images,
+                self.weights.sha256,
+                Room(cache.folder() / "features", self.places.feature_bytes),
+                device=self.device,
+                autocast=reduced(self.trial.train.precision, self.device),
+                log=self.log,
+                report=lambda: self.tell("load"),
+            )
 
     def read(self, dataset, split: str) -> list[Sample]:
         samples = dataset.read(self.places.data, split.removesuffix(SHUFFLED))

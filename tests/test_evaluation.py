@@ -29,6 +29,9 @@ class Bright(nn.Module):
         self.frozen, self.tuned = nn.BatchNorm2d(3), nn.Dropout(0.9)
         self.word_to_id = {word: SETTINGS["tokenizer"]([word])[0, 1].item() for word in ("white", "nothing")}
 
+    def known(self, image_U3HW):
+        return image_U3HW
+
     def forward(self, image_B3HW, tokens_BL):
         assert not torch.is_grad_enabled()
         mean_3, std_3 = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)

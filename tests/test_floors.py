@@ -9,13 +9,13 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ris_bench"
 FLOORS = [
-    ("errors", "records", "registry", "located", "results"),
+    ("errors", "cache", "records", "registry", "located", "results"),
     ("data", "metrics", "protocols", "predictions", "resampling", "scoring"),
     ("backbones",),
     ("methods",),
     ("head",),
     ("model", "plugins"),
-    ("training", "evaluation", "pretrain", "official"),
+    ("training", "evaluation", "features", "pretrain", "official"),
     ("trial", "layout", "experiment", "export"),
     ("report", "progress", "sweep", "params", "predict"),
     ("cli",),

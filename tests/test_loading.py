@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +137,8 @@ def test_the_contents_of_a_training_batch(samples: list[Sample]) -> None:
     for batch in batches(samples).epoch(0):
         chosen = [samples[i] for i in batch.index_B]
         pixels = torch.stack([torch.from_numpy(letterbox.image(s.image())) for s in chosen])
-        assert torch.equal(batch.image_B3HW, normalise(pixels))
+        assert torch.equal(batch.image_U3HW[batch.row_B], normalise(pixels))
+        assert len(batch.image_U3HW) == len({s.image_path for s in chosen})
         assert torch.equal(batch.tokens_BL, FULL([s.expression for s in chosen]))
         masks = torch.stack([torch.from_numpy(letterbox.mask(s.mask())) for s in chosen])[:, None]
         assert batch.mask_B1HW.dtype == torch.float32
@@ -216,15 +218,17 @@ def test_a_cached_epoch_reads_no_file(samples: list[Sample], monkeypatch: pytest
     assert same(made.epoch(0), expected)
 
 
-def test_evaluation_visits_every_sample_once_in_order(samples: list[Sample]) -> None:
+def test_evaluation_visits_every_sample_once_and_image_by_image(samples: list[Sample]) -> None:
     made = list(expression_batches(samples, FULL, 32, 4))
-    assert torch.cat([batch.index_B for batch in made]).tolist() == list(range(len(samples)))
+    visited = torch.cat([batch.index_B for batch in made]).tolist()
+    assert sorted(visited) == list(range(len(samples)))
+    assert len(list(groupby(samples[i].image_path for i in visited))) == len({s.image_path for s in samples}) == 5
     assert [len(batch.index_B) for batch in made][:-1] == [4] * (len(made) - 1)
     assert all(batch.mask_B1HW is None for batch in made)
     last = made[-1]
     assert torch.equal(last.tokens_BL, FULL([samples[i].expression for i in last.index_B]))
-    pixels = torch.from_numpy(Letterbox(32).image(samples[-1].image()))
-    assert torch.equal(last.image_B3HW[-1], normalise(pixels[None])[0])
+    pixels = torch.from_numpy(Letterbox(32).image(samples[visited[-1]].image()))
+    assert torch.equal(last.image_U3HW[last.row_B[-1]], normalise(pixels[None])[0])
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

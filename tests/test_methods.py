@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import IMPOSSIBLE, PAIRS, TINY, inputs, tiny_model
 
+from ris_bench.backbones.base import Known
 from ris_bench.errors import UserError
 from ris_bench.methods.base import METHODS, Method
 from ris_bench.training import segmentation_loss
@@ -236,7 +237,26 @@ def test_lora_changes_query_and_value_only():
     ],
 )
 def test_impossible_options_are_refused(method, options, message):
-    from ris_bench.backbones.base import BACKBONES
+    from ris_bench.backbones.base import BACKBONES, Known
 
     with pytest.raises(UserError, match=message):
         METHODS[method](BACKBONES["tiny-clip-rn"](None), **options)
+
+
+def test_what_is_known_of_an_image_serves_all_its_expressions(model):
+    images, tokens = inputs(model)
+    rows = torch.tensor([1, 0, 1])
+    model.eval()
+    known = model.known(images[:2])
+    assert isinstance(known, Known) == (model.backbone.image.untouched > 0)
+    with torch.inference_mode():
+        assert torch.allclose(model(known[rows], tokens), model(images[rows], tokens), atol=1e-5)
+    model.train()
+    gradients = []
+    for given in (images[rows], model.known(images[:2])[rows]):
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(given, tokens).square().mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+    for live, shared in zip(*gradients, strict=True):
+        assert torch.allclose(live, shared, rtol=1e-3, atol=1e-5 * max(1, live.abs().max().item()))

@@ -29,7 +29,8 @@ class Batches:
         for size in sizes:
             image = torch.randn(size, 3, 8, 8, generator=generator)
             mask = (image[:, :1] > 0).float()
-            self.batches.append(Batch(image, torch.ones(size, 4, dtype=torch.long), mask, torch.arange(size)))
+            rows = torch.arange(size)
+            self.batches.append(Batch(image, rows, torch.ones(size, 4, dtype=torch.long), mask, rows))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -45,6 +46,9 @@ class Pixelwise(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.layer = nn.Conv2d(3, 1, 1)
+
+    def known(self, image):
+        return image
 
     def forward(self, image, tokens):
         return self.layer(image)
@@ -77,6 +81,7 @@ def test_accumulation_is_the_same_step():
 def test_what_is_frozen_stays():
     model = nn.Sequential()
     model.frozen, model.tuned = nn.Conv2d(3, 3, 1).requires_grad_(False), Pixelwise()
+    model.known = model.tuned.known
     model.forward = lambda image, tokens: model.tuned(model.frozen(image), tokens)
     before = model.frozen.weight.clone()
     run(model, Batches(), training())
@@ -86,7 +91,7 @@ def test_what_is_frozen_stays():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_ends_the_run(bad):
     batches = Batches()
-    batches.batches[1].image_B3HW[0, 0, 0, 0] = bad
+    batches.batches[1].image_U3HW[0, 0, 0, 0] = bad
     with pytest.raises(FloatingPointError, match="epoch 1, batch 2 of 2"):
         run(Pixelwise(), batches, training())
 

@@ -127,6 +127,30 @@ class Tower(nn.Module):
             yield Site(tower=self, kind="stage", step=i + 2, depth=i, width=width, parent=self.stages, attr=str(i))
 
 
+@dataclass(frozen=True)
+class Known:
+    """Where a pass through an image tower stands whose next states were worked out before (`ImageTower.known`).
+
+    It goes through `ImageTower.step` in the place of a state, or of the images that the pass begins with.
+    """
+
+    state: Tensor | None
+    """None where nobody asks for it: after the stem, if more is known, and in the place of the images."""
+    following: tuple[Tensor | None, ...]
+    """The states after the next steps, (B, ...); the last one is a tensor."""
+
+    def __getitem__(self, row_B: Tensor) -> Known:
+        """The same for rows of the batch, which may repeat."""
+        return self._each(lambda tensor: tensor[row_B])
+
+    def to(self, *args: Any, **kwargs: Any) -> Known:
+        return self._each(lambda tensor: tensor.to(*args, **kwargs))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Known:
+        state, *following = (None if tensor is None else change(tensor) for tensor in (self.state, *self.following))
+        return Known(state, tuple(following))
+
+
 class ImageTower(Tower):
     """A tower whose state can be seen as a map: `maps` are the states after the stages, the last one after the head."""
 
@@ -136,6 +160,36 @@ class ImageTower(Tower):
     """Channels of each map that the head of the model receives."""
     convolutional: bool
     """Whether the state is a map; else it is tokens."""
+
+    def step(self, number: int, x: Tensor | Known) -> Tensor | Known:
+        """The state after a step, given that before it; a `Known` as long as there is a state after that."""
+        if isinstance(x, Known):
+            state, *following = x.following
+            return Known(state, tuple(following)) if following else state
+        return (self.stem, *self.stages, self.head)[number](x)
+
+    def known(self, image: Tensor | Known) -> Tensor | Known:
+        """What the `untouched` steps make of images (B, 3, H, W), without gradient: one pass serves every expression.
+
+        The images themselves where no step is untouched; what is known already as it is.
+        """
+        if isinstance(image, Known) or not self.untouched:
+            return image
+        states: list[Tensor | None] = []
+        x = image
+        with torch.no_grad():
+            for number in range(self.untouched):
+                x = self.step(number, x)
+                states.append(x)
+        for number in range(len(states) - 1):
+            # Of what the tower has passed, the model's head receives the maps of all stages but the last.
+            if not 0 < number < len(self.stages):
+                states[number] = None
+        return Known(None, tuple(states))
+
+    def map_of(self, x: Tensor | Known) -> Tensor:
+        """The map (B, C, H, W) of a state, which may be known."""
+        return self.to_map(x.state if isinstance(x, Known) else x)
 
     def to_map(self, x: Tensor) -> Tensor:
         """State -> (B, C, H, W)."""
@@ -213,17 +267,19 @@ class Backbone(nn.Module):
             raise UserError(f"this backbone has no {kind!r} site in its {' or '.join(towers)} tower")
         return found
 
-    def forward(self, image_B3HW: Tensor, tokens_BL: Tensor) -> Features:
-        """Run both towers apart."""
-        return Features(self.encode_image(image_B3HW), *self.encode_text(tokens_BL))
+    def forward(self, image: Tensor | Known, tokens_BL: Tensor) -> Features:
+        """Run both towers apart, on images (B, 3, H, W) or on what is known of them."""
+        return Features(self.encode_image(image), *self.encode_text(tokens_BL))
 
-    def encode_image(self, image_B3HW: Tensor) -> tuple[Tensor, ...]:
+    def encode_image(self, image: Tensor | Known) -> tuple[Tensor, ...]:
         """The maps of `Features`."""
-        x, maps = self.image.stem(image_B3HW), []
-        for stage in self.image.stages:
-            x = stage(x)
-            maps.append(self.image.to_map(x))
-        return (*maps[:-1], self.image.head(x))
+        tower, maps = self.image, []
+        x = tower.step(0, image)
+        for number in range(1, len(tower.stages) + 1):
+            x = tower.step(number, x)
+            if number < len(tower.stages):
+                maps.append(tower.map_of(x))
+        return (*maps, tower.step(len(tower.stages) + 1, x))
 
     def encode_text(self, tokens_BL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Words, sentence and padding of `Features`."""

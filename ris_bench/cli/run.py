@@ -57,6 +57,14 @@ def add(verbs: Any) -> None:
         "--weights", type=Path, metavar="DIR", help="where pretrained weights lie (default: caches and the hub)"
     )
     run.add_argument(
+        "--feature-cache",
+        type=_gigabytes,
+        default=50,
+        metavar="GB",
+        help="room on disk for what untouched stages make of the training images, shared by trials; 0 works it out in "
+        "every epoch (default: %(default)s)",
+    )
+    run.add_argument(
         "--executor",
         choices=("ray", "local"),
         default="ray",
@@ -105,7 +113,11 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         _print_trials(trials, len(waiting), experiment.choose, as_json=args.json)
         return 0
 
-    places = Places(data=args.data.absolute(), weights=args.weights and args.weights.absolute())
+    places = Places(
+        data=args.data.absolute(),
+        weights=args.weights and args.weights.absolute(),
+        feature_bytes=int(args.feature_cache * 1e9),
+    )
     executor = sweep.in_process() if args.executor == "local" else sweep.through_ray(**ray_options)
     job = sweep.Job(run_trial, store, places, experiment.plugins)
     results = sweep.run(experiment, job, executor, only=args.only)
@@ -149,4 +161,10 @@ def _share(text: str) -> float:
     # A trial computes on one device, so that more would idle.
     if not 0 <= (number := float(text)) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return number
+
+
+def _gigabytes(text: str) -> float:
+    if not 0 <= (number := float(text)) < 1e6:
+        raise argparse.ArgumentTypeError(f"{text} is not a size of 0 or more")
     return number

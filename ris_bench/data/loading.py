@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +22,10 @@ CACHE_BYTES = 2**30
 
 
 class Batch(NamedTuple):
-    image_B3HW: Tensor
-    """float32, normalised."""
+    image_U3HW: Any
+    """float32, normalised: the different images of the batch, or what is known of them."""
+    row_B: Tensor
+    """int64, which of them is the sample's."""
     tokens_BL: Tensor
     """int64."""
     mask_B1HW: Tensor | None
@@ -68,13 +72,16 @@ class ReferentBatches:
         batch_size: int,
         seed: int,
         num_workers: int = 0,
+        known: Callable[[Sequence[Sample]], Any] | None = None,
     ) -> None:
+        """`known` gives what stands in the place of the samples' images, which are then not read."""
         self._referents, self._keys = referents(samples), draw_keys(samples)
         if self.num_referents < 2:
             raise UserError(f"training needs at least 2 referents and has {self.num_referents}; use another split")
         self._samples, self._batch_size, self._seed, self._num_workers = samples, batch_size, seed, num_workers
         # A worker's memory is its own and ends with the epoch: it would fill a cache for nothing.
-        self._pixels = _Pixels(Letterbox(image_size), 0 if num_workers else CACHE_BYTES)
+        self._pixels = Pixels(Letterbox(image_size), 0 if num_workers else CACHE_BYTES)
+        self._images = known or self._pixels.images
         self._tokens_NL = tokenizer([sample.expression for sample in samples])
 
     @property
@@ -88,7 +95,7 @@ class ReferentBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from the one with index `start`."""
         plan = self._plan(epoch)[start:]
-        return _load(_Batches(self._samples, self._tokens_NL, self._pixels, plan, masks=True), self._num_workers)
+        return _load(_Batches(self._samples, self._tokens_NL, self._images, plan, self._pixels.mask), self._num_workers)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         chosen = []
@@ -108,21 +115,29 @@ class ReferentBatches:
 def expression_batches(
     samples: Sequence[Sample], tokenizer: Tokenizer, image_size: int, batch_size: int, num_workers: int = 0
 ) -> Iterator[Batch]:
-    """Evaluation batches: every sample once, in order, without mask."""
-    plan = _cut(list(range(len(samples))), batch_size)
+    """Evaluation batches: every sample once, without mask; the expressions of an image one after another."""
+    images: dict[Path, list[int]] = {}
+    for position, sample in enumerate(samples):
+        images.setdefault(sample.image_path, []).append(position)
+    plan = _cut([position for positions in images.values() for position in positions], batch_size)
     tokens_NL = tokenizer([sample.expression for sample in samples])
-    return _load(_Batches(samples, tokens_NL, _Pixels(Letterbox(image_size), 0), plan, masks=False), num_workers)
+    pixels = Pixels(Letterbox(image_size), 0)
+    return _load(_Batches(samples, tokens_NL, pixels.images, plan), num_workers)
 
 
-class _Pixels:
+class Pixels:
     """Letterboxed images and masks as uint8, kept until the budget is spent."""
 
     def __init__(self, letterbox: Letterbox, budget: int) -> None:
         self._letterbox, self._budget = letterbox, budget
         self._kept: dict[Hashable, Tensor] = {}
 
-    def image(self, sample: Sample) -> Tensor:
-        return self._get(sample.image_path, lambda: self._letterbox.image(sample.image()))
+    def images(self, samples: Sequence[Sample]) -> Tensor:
+        """(B, 3, H, W) float32, normalised."""
+        return normalise(torch.stack([self._get(s.image_path, partial(self._letterboxed, s)) for s in samples]))
+
+    def _letterboxed(self, sample: Sample) -> np.ndarray:
+        return self._letterbox.image(sample.image())
 
     def mask(self, sample: Sample) -> Tensor:
         return self._get(sample.referent, lambda: np.rint(self._letterbox.mask(sample.mask()) * 255).astype(np.uint8))
@@ -141,9 +156,14 @@ class _Batches(torch.utils.data.Dataset):
     """Batch number -> Batch, or the UserError it met: raised in a worker it would come wrapped in a traceback."""
 
     def __init__(
-        self, samples: Sequence[Sample], tokens_NL: Tensor, pixels: _Pixels, plan: list[list[int]], masks: bool
+        self,
+        samples: Sequence[Sample],
+        tokens_NL: Tensor,
+        images: Callable[[Sequence[Sample]], Any],
+        plan: list[list[int]],
+        mask: Callable[[Sample], Tensor] | None = None,
     ) -> None:
-        self._samples, self._tokens_NL, self._pixels, self._plan, self._masks = samples, tokens_NL, pixels, plan, masks
+        self._samples, self._tokens_NL, self._images, self._plan, self._mask = samples, tokens_NL, images, plan, mask
 
     def __len__(self) -> int:
         return len(self._plan)
@@ -151,15 +171,17 @@ class _Batches(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> Batch | UserError:
         index_B = torch.tensor(self._plan[number])
         samples = [self._samples[i] for i in self._plan[number]]
+        first = {sample.image_path: sample for sample in reversed(samples)}
+        row = {path: row for row, path in enumerate(first)}
         try:
-            images = {s.image_path: self._pixels.image(s) for s in {s.image_path: s for s in samples}.values()}
-            image_B3HW = normalise(torch.stack([images[s.image_path] for s in samples]))
+            image_U3HW = self._images(list(first.values()))
             mask_B1HW = None
-            if self._masks:
-                mask_B1HW = torch.stack([self._pixels.mask(s) for s in samples])[:, None].float().div_(255)
+            if self._mask is not None:
+                mask_B1HW = torch.stack([self._mask(s) for s in samples])[:, None].float().div_(255)
         except UserError as error:
             return error
-        return Batch(image_B3HW, self._tokens_NL[index_B], mask_B1HW, index_B)
+        row_B = torch.tensor([row[sample.image_path] for sample in samples])
+        return Batch(image_U3HW, row_B, self._tokens_NL[index_B], mask_B1HW, index_B)
 
 
 def _cut(order: list[int], batch_size: int) -> list[list[int]]:

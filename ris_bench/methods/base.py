@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ris_bench.backbones.base import Backbone, Features, Site
+from ris_bench.backbones.base import Backbone, Features, Known, Site
 from ris_bench.errors import UserError
 from ris_bench.registry import Registry
 
@@ -23,9 +23,12 @@ class Method(nn.Module):
     def __init__(self, backbone: Backbone) -> None:
         super().__init__()
 
-    def forward(self, backbone: Backbone, image_B3HW: Tensor, tokens_BL: Tensor) -> Features:
-        """Run the backbone; overridden only to change how the towers meet."""
-        return backbone(image_B3HW, tokens_BL)
+    def forward(self, backbone: Backbone, image: Tensor | Known, tokens_BL: Tensor) -> Features:
+        """Run the backbone; overridden only to change how the towers meet.
+
+        What is given for `image` may be passed to `Backbone.encode_image` and `ImageTower.step` alone.
+        """
+        return backbone(image, tokens_BL)
 
     def merge(self, backbone: Backbone) -> None:
         """Fold all changes of weights (`Site.reparametrize`) into the weights, where they cost nothing more.

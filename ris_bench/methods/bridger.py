@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from ris_bench.backbones.base import Backbone, Features
+from ris_bench.backbones.base import Backbone, Features, Known
 from ris_bench.errors import UserError
 from ris_bench.methods.base import METHODS, Method
 
@@ -124,15 +124,15 @@ class Bridger(Method):
                 image[i].width, text[i].width, width, heads, step, coarse=i == 2, full=full, follows=i != stages[0]
             )
 
-    def forward(self, backbone: Backbone, image_B3HW: Tensor, tokens_BL: Tensor) -> Features:
-        image, text = backbone.image, backbone.text
-        x, y = image.stem(image_B3HW), text.stem(tokens_BL)
+    def forward(self, backbone: Backbone, image: Tensor | Known, tokens_BL: Tensor) -> Features:
+        tower, text = backbone.image, backbone.text
+        x, y = tower.step(0, image), text.stem(tokens_BL)
         maps: list[Tensor] = []
         last: tuple[Tensor, Tensor] | None = None
-        for i, (image_stage, text_stage) in enumerate(zip(image.stages, text.stages, strict=True)):
-            x, y = image_stage(x), text_stage(y)
+        for i, text_stage in enumerate(text.stages):
+            x, y = tower.step(i + 1, x), text_stage(y)
             if str(i) in self.bridges:
-                delta_BCHW, delta_BLE, last = self.bridges[str(i)](image.to_map(x), y.x_BLE, last)
-                x, y = image.add_map(x, delta_BCHW), y._replace(x_BLE=y.x_BLE + delta_BLE)
-            maps.append(image.to_map(x))
-        return Features((*maps[:-1], image.head(x)), *text.head(y), y.pad_BL)
+                delta_BCHW, delta_BLE, last = self.bridges[str(i)](tower.to_map(x), y.x_BLE, last)
+                x, y = tower.add_map(x, delta_BCHW), y._replace(x_BLE=y.x_BLE + delta_BLE)
+            maps.append(tower.map_of(x))
+        return Features((*maps[:-1], tower.step(len(maps) + 1, x)), *text.head(y), y.pad_BL)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ris_bench.backbones.base import Backbone, Features, Site
+from ris_bench.backbones.base import Backbone, Features, Known, Site
 from ris_bench.errors import UserError
 from ris_bench.methods.base import METHODS, Method, Parallel
 
@@ -174,11 +174,11 @@ class DETRIS(Method):
             for site in chosen(backbone.sites("shortcut", ("text",)), text_layers, "text_layers"):
                 site.wrap(partial(Parallel, beside=TextAdapter(site.width, text_width, scale)))
 
-    def forward(self, backbone: Backbone, image_B3HW: Tensor, tokens_BL: Tensor) -> Features:
+    def forward(self, backbone: Backbone, image: Tensor | Known, tokens_BL: Tensor) -> Features:
         words_BLE, sentence_BE, pad_BL = backbone.encode_text(tokens_BL)
         self.prior.words_BLE = words_BLE
         try:
-            maps = backbone.encode_image(image_B3HW)
+            maps = backbone.encode_image(image)
         finally:
             del self.prior.words_BLE
         return Features(maps, words_BLE, sentence_BE, pad_BL)
