@@ -12,7 +12,7 @@ from typing import Any
 from pycocotools import mask as coco_mask
 from tabulate import tabulate
 
-from ris_bench.data.dataset import DATASETS, Leakage, Source, named
+from ris_bench.data.dataset import Leakage, Source, named, without_obligatory_options
 from ris_bench.data.loading import Tokenizer
 from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
@@ -68,10 +68,10 @@ class Split:
 
 def present(data: Path) -> list[Source]:
     """Every source without obligatory options whose files are in `data`; UserError where there is none."""
-    optional = [name for name in DATASETS if all(o.default is not o.empty for o in DATASETS.options(name).values())]
-    found = [source for name in optional for source in named(name).sources if not source.home and source.is_there(data)]
+    names = without_obligatory_options()
+    found = [source for name in names for source in named(name).sources if not source.home and source.is_there(data)]
     if not found:
-        raise UserError(f"{Path(data).resolve()} holds none of {', '.join(optional)}; give --data DIR")
+        raise UserError(f"{Path(data).resolve()} holds none of {', '.join(names)}; give --data DIR")
     return found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from pycocotools import mask as coco_mask
 from tabulate import tabulate
 
-from ris_bench.data.dataset import DATASETS, Counts, Dataset, Part, Source, named
+from ris_bench.data.dataset import Counts, Dataset, Part, Source, named, without_obligatory_options
 from ris_bench.data.untrusted import missing_files, shown
 from ris_bench.errors import UserError
 
@@ -101,9 +101,7 @@ def check(dataset: Dataset, data: Path) -> list[Row]:
 def check_all(data: Path) -> list[Row]:
     """The same for every dataset without obligatory options; UserError where `data` holds none of them."""
     rows, found = [], False
-    for name in DATASETS:
-        if any(option.default is option.empty for option in DATASETS.options(name).values()):
-            continue
+    for name in without_obligatory_options():
         dataset = named(name)
         if all(source.is_there(data) for source in dataset.sources):
             found = True

@@ -132,3 +132,8 @@ def chosen(value: Any) -> Choice:
 def named(value: Any) -> Dataset:
     """The dataset of what `chosen` reads."""
     return DATASETS.build(chosen(value))
+
+
+def without_obligatory_options() -> list[str]:
+    """Names that are a dataset by themselves."""
+    return [name for name in DATASETS if all(o.default is not o.empty for o in DATASETS.options(name).values())]
