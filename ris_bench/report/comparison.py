@@ -20,7 +20,7 @@ from ris_bench.protocols import RIS_BENCH
 from ris_bench.records import Result
 from ris_bench.report import statistics
 from ris_bench.report.statistics import Difference, Sums
-from ris_bench.report.tables import DEFINITIONS, MARKS
+from ris_bench.report.tables import DEFINITIONS, MARKS, caveats, corner, escaped
 from ris_bench.results import Store
 
 if TYPE_CHECKING:  # it imports torch, with the methods that it names
@@ -97,18 +97,18 @@ class Comparisons:
             lines.append([*[""] * shared, *labels[shared:], *cells])
             above = labels[:-1]
         table = tabulate(
-            [map(_plain, line) for line in lines],
-            headers=[*map(_plain, headers), *NUMBERS],
+            [map(escaped, line) for line in lines],
+            headers=[*map(escaped, headers), *NUMBERS],
             tablefmt="pipe",
             colalign=(*("left" for _ in headers), *("right" for _ in NUMBERS)),
             disable_numparse=True,
         )
-        title = _plain(f"{self.experiment.title}: against {self.against}")
-        return f"**{title}**\n\n{table}\n\n" + "".join(f"- {_plain(note)}\n" for note in self.notes())
+        title = escaped(f"{self.experiment.title}: against {self.against}")
+        return f"**{title}**\n\n{table}\n\n" + "".join(f"- {escaped(note)}\n" for note in self.notes())
 
     def headers(self) -> list[str]:
         """Of the labels of every line; those of the numbers are NUMBERS."""
-        return [*map(_header, self._around), "Split", "Metric", _header(self.axis)]
+        return [*corner(self._around), "Split", "Metric", *corner([self.axis])]
 
     def lines(self) -> Iterator[tuple[list[str], list[str]]]:
         """Labels and numbers of every row, as printed."""
@@ -158,10 +158,6 @@ class Comparisons:
         yield from (f"{mark} {meaning}" for mark, meaning in MARKS.items() if mark in marks)
 
 
-def _header(axis: str) -> str:
-    return axis if "." in axis else axis.capitalize()
-
-
 def _cells(row: Comparison) -> list[str]:
     value, low, high, p = row.difference
     arrow = ("▲" if value > 0 else "▼") if row.earned else ""
@@ -174,10 +170,6 @@ def _cells(row: Comparison) -> list[str]:
         " / ".join(spreads),
         "–" if row.seed_noise is None else f"{100 * row.seed_noise:.2f}",
     ]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
 
 def compare(
@@ -301,8 +293,7 @@ def _read_rows(
             if trial.id in done and (read := _read_trial(done[trial.id], store, wanted, first))
         }
         if sums:
-            marks = "†" if len(sums) < len({trial.seed for trial in trials}) else ""
-            marks += "‡" if any(trial.eval.select_on.startswith("test") for trial in trials) else ""
+            marks = caveats(trials, lacking=len(sums) < len({trial.seed for trial in trials}))
             rows[key] = _Row({name: group[key][0].axes[name] for name in shown}, sums, marks)
         if label not in rows:
             break

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from ris_bench.layout import COSTS, COUNTS, METRICS, Column
-from ris_bench.records import Result
+from ris_bench.records import Result, Trial
 
 if TYPE_CHECKING:  # it imports torch, with the methods that it names
     from ris_bench.experiment import Experiment, Run
@@ -121,6 +121,16 @@ def render(experiment: Experiment, results: Mapping[str, Result]) -> Table:
     A cell is the mean over its seeds, with the sample standard deviation where there are several. Without a result it
     is "–", or "failed"; MARKS say what else there is to know of it.
     """
+    body, notes = lay_out(experiment, results)
+    return Table(
+        markdown=_markdown(body, experiment.title, notes),
+        latex=_latex(body, experiment.title, notes, label=experiment.name),
+        csv=_csv(body),
+    )
+
+
+def lay_out(experiment: Experiment, results: Mapping[str, Result]) -> tuple[_Body, list[str]]:
+    """What `render` prints: the cells, and the notes below them."""
     layout = experiment.table
     leaves = tuple(_Leaf(column, split) for column in layout.columns for split in column.splits or ("",))
     reported = experiment.reported(results)
@@ -141,14 +151,8 @@ def render(experiment: Experiment, results: Mapping[str, Result]) -> Table:
         (tuple(layout.labels.get(label, label) for label in labels), cells)
         for labels, cells in zip(keys, zip(*by_leaf, strict=True), strict=True)
     )
-    corner = tuple(axis if "." in axis else axis.capitalize() for axis in layout.rows)
-    body = _Body(corner, leaves, rows)
-    notes = list(_notes(experiment, results, body))
-    return Table(
-        markdown=_markdown(body, experiment.title, notes),
-        latex=_latex(body, experiment.title, notes, label=experiment.name),
-        csv=_csv(body),
-    )
+    body = _Body(corner(layout.rows), leaves, rows)
+    return body, list(_notes(experiment, results, body))
 
 
 def write(table: Table, folder: Path) -> None:
@@ -174,12 +178,20 @@ def _cell(leaf: _Leaf, runs: Sequence[Run], results: Mapping[str, Result]) -> _C
         return _Cell(" / ".join(texts), number=numbers[0] if len(texts) == 1 else None)
     mean = fmean(numbers)
     spread = stdev(numbers) if len(numbers) > 1 else None
-    marks = "†" if len(numbers) < len(runs) else ""
-    if value in METRICS and any(run.trial.eval.select_on.startswith("test") for run in runs):
-        marks += "‡"
-    if value in METRICS and any(run.trial.dataset.options.get("leakage") == "allow" for run in runs):
-        marks += "§"
-    return _Cell(leaf.format(mean), mean, spread, marks)
+    scored = [run.trial for run in runs] if value in METRICS else []
+    return _Cell(leaf.format(mean), mean, spread, caveats(scored, lacking=len(numbers) < len(runs)))
+
+
+def caveats(trials: Collection[Trial], *, lacking: bool) -> str:
+    """What of MARKS holds for a mean over the scores of these trials, of which it may lack some."""
+    marks = "†" if lacking else ""
+    marks += "‡" if any(trial.eval.select_on.startswith("test") for trial in trials) else ""
+    return marks + ("§" if any(trial.dataset.options.get("leakage") == "allow" for trial in trials) else "")
+
+
+def corner(axes: Iterable[str]) -> tuple[str, ...]:
+    """Headers of the labels of axes."""
+    return tuple(axis if "." in axis else axis.capitalize() for axis in axes)
 
 
 def _with_best(leaf: _Leaf, cells: list[_Cell]) -> list[_Cell]:
