@@ -26,6 +26,19 @@ IMPOSSIBLE = {("tiny-clip-vit", "conv-adapter"), ("tiny-dino", "conv-adapter"), 
 """Pairs that are refused, because the backbone has no place for the method."""
 PAIRS = [(backbone, method) for backbone in TINY for method in METHODS if (backbone, method) not in IMPOSSIBLE]
 TINY_HEAD = {"width": 16, "layers": 1, "heads": 2, "ffn": 16}
+STAND_IN = """\
+name: stand_in
+title: Stand-ins
+defaults:
+  dataset: refcoco
+  backbone: tiny-clip-vit
+  method: frozen
+  head: {etris: {width: 16, layers: 1, heads: 2, ffn: 16}}
+  train: {epochs: 2, batch_size: 4, lr: 1.0e-3, milestones: [], gamma: 0.1, precision: fp32}
+  eval: {select_on: val, splits: [val]}
+  seed: 0
+"""
+"""An experiment without its grid and table, of which trials are stood in for."""
 
 
 def tiny_model(

@@ -9,22 +9,15 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import STAND_IN
 
 from ris_bench import cli, sweep
 from ris_bench.records import Result, Scores
 
 ROOT = Path(__file__).parent.parent
-TEXT = """\
-name: stand_in
-title: Stand-ins
-defaults:
-  dataset: refcoco
-  backbone: tiny-clip-vit
-  method: frozen
-  head: {etris: {width: 16, layers: 1, heads: 2, ffn: 16}}
-  train: {epochs: 2, batch_size: 4, lr: 1.0e-3, milestones: [], gamma: 0.1, precision: fp32}
-  eval: {select_on: val, splits: [val]}
-  seed: 0
+TEXT = (
+    STAND_IN
+    + """\
 grid:
   method: [frozen, lora]
   seed: [0, 1]
@@ -33,6 +26,7 @@ table:
   columns:
     - {header: val, value: miou, splits: [val]}
 """
+)
 
 
 def done(trial, folder, places, report) -> Result:

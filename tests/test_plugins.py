@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from conftest import STAND_IN
 
 from ris_bench import cli, plugins, sweep
 from ris_bench.backbones.weights import Weights
@@ -25,18 +26,9 @@ from ris_bench.trial import Places
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BITFIT = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)
-TEXT = """\
-name: plugged
-title: Plugged
-plugins: [bias.py]
-defaults:
-  dataset: refcoco
-  backbone: tiny-clip-vit
-  method: frozen
-  head: {etris: {width: 16, layers: 1, heads: 2, ffn: 16}}
-  train: {epochs: 2, batch_size: 4, lr: 1.0e-3, milestones: [], gamma: 0.1, precision: fp32}
-  eval: {select_on: val, splits: [val]}
-  seed: 0
+TEXT = (
+    STAND_IN.replace("stand_in", "plugged").replace("defaults:", "plugins: [bias.py]\ndefaults:")
+    + """\
 grid:
   method: [frozen, {bitfit: {towers: [text, image]}}]
 table:
@@ -44,6 +36,7 @@ table:
   columns:
     - {header: Parameters, value: params.tunable_backbone}
 """
+)
 # Two biases a block: 3 text blocks and 6 image blocks of width 64, each with 256 + 64.
 TUNED = 9 * 320
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import STAND_IN
 
 from ris_bench import cli, evaluation, metrics
 from ris_bench.errors import UserError
@@ -215,17 +216,9 @@ def test_an_expression_that_is_there_twice_is_refused():
         ordered(pd.concat([FIRST, FIRST[:1]]))
 
 
-TEXT = """\
-name: stand_in
-title: Stand-ins | 1
-defaults:
-  dataset: refcoco
-  backbone: tiny-clip-vit
-  method: frozen
-  head: {etris: {width: 16, layers: 1, heads: 2, ffn: 16}}
-  train: {epochs: 2, batch_size: 4, lr: 1.0e-3, milestones: [], gamma: 0.1, precision: fp32}
-  eval: {select_on: val}
-  seed: 0
+TEXT = (
+    STAND_IN.replace("Stand-ins", "Stand-ins | 1").replace(", splits: [val]", "")
+    + """\
 grid:
   dataset: [refcoco, refcoco+]
   method: [frozen, lora, bridger, coop, full]
@@ -239,6 +232,7 @@ table:
     - {header: RefCOCO, value: oiou, where: {dataset: refcoco}, splits: [testA]}
     - {header: RefCOCO+, value: miou, where: {dataset: refcoco+}, splits: [testA]}
 """
+)
 
 
 def predictions(trial: Trial, split: str) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import STAND_IN
 
 from ris_bench import progress, sweep
 from ris_bench.errors import UserError
@@ -19,17 +20,9 @@ from ris_bench.records import Result, Scores, Trial
 from ris_bench.results import Store
 from ris_bench.trial import Places, Progress
 
-TEXT = """\
-name: stand_in
-title: Stand-ins
-defaults:
-  dataset: refcoco
-  backbone: tiny-clip-vit
-  method: frozen
-  head: etris
-  train: {epochs: 2, batch_size: 4, lr: 1.0e-3, milestones: [], gamma: 0.1, precision: fp32}
-  eval: {select_on: val, splits: [val]}
-  seed: 0
+TEXT = (
+    STAND_IN
+    + """\
 grid:
   seed: [0, 1, 2]
   method: [frozen]
@@ -38,6 +31,7 @@ table:
   columns:
     - {header: val, value: miou, splits: [val]}
 """
+)
 CHOOSE = "  train.lr: [1.0e-3, 1.0e-4, 1.0e-2]\nchoose: [train.lr]\ntable:"
 
 
