@@ -12,10 +12,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from filelock import FileLock
@@ -160,7 +161,7 @@ def _name(
 
 
 def _make_room(room: Room, size: int) -> None:
-    """Throw out what was used longest ago until `size` more bytes fit. OSError, before anything goes, if they never do."""
+    """Throw out what was used longest ago until `size` more bytes fit; OSError if they never do."""
     if size > room.bytes:
         raise OSError(f"they take {size:,} bytes, and {room.bytes:,} are allowed")
     with FileLock(room.folder / "room.lock"):
@@ -176,24 +177,22 @@ def _make_room(room: Room, size: int) -> None:
             del sizes[folder]
 
 
-def _write(folder: Path, files: Sequence[_File | None], batches: Any, report: Callable[[], None]) -> None:
+def _write(
+    folder: Path, files: Sequence[_File | None], batches: Iterable[Sequence[Tensor | None]], report: Callable[[], None]
+) -> None:
     """Whole or not at all."""
     for remains in folder.parent.glob(f".{folder.name}.*"):  # of a process that was killed: this one holds the lock
         shutil.rmtree(remains, ignore_errors=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     temporary.mkdir()
     try:
-        opened = [None if file is None else open(temporary / str(i), "wb") for i, file in enumerate(files)]
-        try:
+        with ExitStack() as stack:
+            opened = [file and stack.enter_context(open(temporary / str(i), "wb")) for i, file in enumerate(files)]
             for states in batches:
                 for file, out, state in zip(files, opened, states, strict=True):
                     if file:
                         out.write(file.raw(state))
                 report()
-        finally:
-            for out in opened:
-                if out:
-                    out.close()
         described = [file and vars(file) for file in files]
         (temporary / "files.json").write_text(json.dumps(described), encoding="utf-8")
         for path in temporary.iterdir():

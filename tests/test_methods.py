@@ -237,7 +237,7 @@ def test_lora_changes_query_and_value_only():
     ],
 )
 def test_impossible_options_are_refused(method, options, message):
-    from ris_bench.backbones.base import BACKBONES, Known
+    from ris_bench.backbones.base import BACKBONES
 
     with pytest.raises(UserError, match=message):
         METHODS[method](BACKBONES["tiny-clip-rn"](None), **options)
