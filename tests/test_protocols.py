@@ -201,7 +201,20 @@ def cris_the_long_way(logit_hw: torch.Tensor, height: int, width: int, size: int
     return total > 0.35
 
 
-def test_cris_agrees_with_its_pipeline_on_smooth_logits():
+def cris_by_opencv(logit_hw: torch.Tensor, height: int, width: int, size: int) -> np.ndarray:
+    """CRIS utils/dataset.py:193-208 (`getTransformMat`) and engine/engine.py:90-110."""
+    import cv2
+
+    probability = F.interpolate(logit_hw.sigmoid()[None, None], (size, size), mode="bicubic", align_corners=True)[0, 0]
+    scale = min(size / height, size / width)
+    down, right = (size - height * scale) / 2, (size - width * scale) / 2
+    there = np.array([[0, 0], [width, 0], [0, height]], np.float32)
+    back = cv2.getAffineTransform(there * np.float32(scale) + np.array([right, down], np.float32), there)
+    return cv2.warpAffine(probability.numpy(), back, (width, height), flags=cv2.INTER_CUBIC, borderValue=0.0) > 0.35
+
+
+@pytest.mark.parametrize("pipeline", [cris_the_long_way, cris_by_opencv])
+def test_cris_agrees_with_its_pipeline_on_smooth_logits(pipeline):
     maps = Maps(values="logit", geometry="letterbox-exact", size=416)
     differences = []
     sizes = [(480, 640), (640, 427), (333, 500), (612, 612), (640, 359), (375, 500)]
@@ -210,7 +223,7 @@ def test_cris_agrees_with_its_pipeline_on_smooth_logits():
         coarse = 4 * torch.randn(1, 1, 6, 6, generator=generator)
         logit_hw = F.interpolate(coarse, (104, 104), mode="bicubic", align_corners=True)[0, 0]
         box = (width // 5, height // 4, 4 * width // 5, 3 * height // 4)
-        expected_HW, truth_HW = cris_the_long_way(logit_hw, height, width, 416), filled([box], height, width)
+        expected_HW, truth_HW = pipeline(logit_hw, height, width, 416), filled([box], height, width)
         expected = np.sum(expected_HW & truth_HW) / np.sum(expected_HW | truth_HW)
         found = mapped("cris", logit_hw.numpy(), maps, [box], (height, width))["mIoU"]
         differences.append(abs(found - expected))
