@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # it imports torch
+if TYPE_CHECKING:  # these import torch
+    from ris_bench.data.dataset import Dataset
     from ris_bench.predict import Predictor
 
 
@@ -31,6 +32,14 @@ def add_data_folder(verb: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where refcoco/, ... and images/ lie (default: %(default)s)",
     )
+
+
+def read_dataset(text: str) -> Dataset:
+    """A dataset as an experiment names it: refcoco, or with options: 'own: {file: mine.json}'."""
+    from ris_bench.data.dataset import named  # only now: it imports torch
+    from ris_bench.located import read
+
+    return named(read(text, lambda line: f"dataset {text!r}").plain())
 
 
 def add_plugins(verb: argparse.ArgumentParser, when: str = "") -> None:

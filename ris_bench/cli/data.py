@@ -1,4 +1,4 @@
-"""ris-bench data check and ris-bench data audit."""
+"""ris-bench data prepare (in prepare.py), ris-bench data check and ris-bench data audit."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from ris_bench.cli.arguments import add_data_folder
+from ris_bench.cli import prepare
+from ris_bench.cli.arguments import add_data_folder, read_dataset
 
 CHECK = """\
 Reads the files of a dataset and says of every split what it holds: referents, expressions and images, beside what is
@@ -19,6 +20,8 @@ exit code:  0 all well   1 something differs or is at fault   2 bad input, or th
 
 def add(verbs: Any) -> None:
     parser = verbs.add_parser("data", help="look after the data sets").add_subparsers(required=True, metavar="VERB")
+    prepare.add(parser)
+
     check = parser.add_parser(
         "check",
         help="compare the files of a dataset with what is published of it, and with each other",
@@ -54,7 +57,7 @@ def _check_data(args: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
     from ris_bench.data import check  # only now: this imports torch
 
-    rows = check.check_all(args.data) if args.all else check.check(_named(args.dataset), args.data)
+    rows = check.check_all(args.data) if args.all else check.check(read_dataset(args.dataset), args.data)
     print(json.dumps([row.to_dict() for row in rows], indent=1) if args.json else check.text(rows))
     return 0 if all(row.ok for row in rows) else 1
 
@@ -62,14 +65,7 @@ def _check_data(args: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 def _audit_data(args: argparse.Namespace) -> int:
     from ris_bench.data import audit  # only now: this imports torch
 
-    chosen = [source for name in args.datasets for source in _named(name).sources]
+    chosen = [source for name in args.datasets for source in read_dataset(name).sources]
     found = audit.audit(chosen or audit.present(args.data), args.data)
     print(json.dumps(audit.to_dict(*found), indent=1) if args.json else audit.text(*found))
     return 0
-
-
-def _named(text: str) -> Any:
-    from ris_bench.data.dataset import named
-    from ris_bench.located import read
-
-    return named(read(text, lambda line: f"dataset {text!r}").plain())
