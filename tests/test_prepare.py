@@ -437,8 +437,10 @@ def test_a_download_that_was_unpacked_by_no_one_is_used(world, server, tmp_path)
     (tmp_path / "data" / "downloads").mkdir(parents=True)
     for path in releases.iterdir():
         shutil.copy(path, tmp_path / "data" / "downloads")
+    (tmp_path / "data" / "downloads" / "refcoco.zip").write_text("half of it")
     prepare.prepare(named("refcoco"), tmp_path / "data")
-    assert contents(tmp_path / "data") == contents(tmp_path / "original") and not server.requests
+    assert contents(tmp_path / "data") == contents(tmp_path / "original")
+    assert {path for path, *_ in server.requests} == {"/gone/refcoco.zip", "/refcoco.zip"}
 
 
 def test_without_a_network_it_says_what_to_get_and_where_to_put_it(

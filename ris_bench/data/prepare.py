@@ -244,13 +244,14 @@ def _download(release: Release, folder: Path, report: Report) -> Path:
     """The file, downloaded now or by a run that was stopped before it was unpacked."""
     path = folder / release.name
     folder.mkdir(exist_ok=True)
-    if not path.exists():
-        if release.size and release.is_archive:
-            # Known before hours of waiting: it needs the same again for its files.
-            part = path.with_name(f"{path.name}.part")
-            held = part.stat().st_size if part.exists() else 0
-            archives.require_space(folder, 2 * release.size - held, f"{release.name} with its files")
-        download(release.urls, path, release.size, release.sha256, report)
+    if path.exists() and digest(path, report) == release.sha256:
+        return path
+    if release.size and release.is_archive:
+        # Known before hours of waiting: it needs the same again for its files.
+        part = path.with_name(f"{path.name}.part")
+        held = part.stat().st_size if part.exists() else 0
+        archives.require_space(folder, 2 * release.size - held, f"{release.name} with its files")
+    download(release.urls, path, release.size, release.sha256, report)
     return path
 
 
