@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import fields, replace
 from itertools import permutations, product
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from ris_bench import plugins
@@ -16,89 +14,17 @@ from ris_bench.backbones.base import BACKBONES
 from ris_bench.data.dataset import DATASETS, Dataset
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
-from ris_bench.layout import Layout, read_layout
+from ris_bench.layout import read_layout
 from ris_bench.located import Located, read
 from ris_bench.methods.base import METHODS
+from ris_bench.plan import NAME, Experiment, Run, read_text
 from ris_bench.plugins import Plugin
-from ris_bench.records import Choice, Evaluation, Result, Training, Trial
+from ris_bench.records import Choice, Evaluation, Training, Trial
 
 Grid = dict[str, dict[str, Located]]
 """Values by label, by axis."""
 
 CHOICES = {"dataset": DATASETS, "backbone": BACKBONES, "method": METHODS, "head": HEADS}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A trial and its place in the experiment."""
-
-    trial: Trial
-    axes: Mapping[str, str]
-    """The label of its value on every axis."""
-    splits: tuple[str, ...]
-    """What it reports, in order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """A named set of trials and their table; what is to be run next is a function of the results that are known."""
-
-    name: str
-    """Of the folder that its table is written to."""
-    title: str
-    notes: tuple[str, ...]
-    path: Path
-    axes: Mapping[str, tuple[str, ...]]
-    """Labels by axis, of all grids, in the order of the file."""
-    choose: tuple[str, ...]
-    """Axes of which each cell uses one value: the one that scores best on the validation split with the first seed."""
-    runs: tuple[Run, ...]
-    """The whole product of the axes, grid by grid."""
-    table: Layout
-    assignments: tuple[str, ...]
-    """What was set on the command line."""
-    plugins: tuple[Plugin, ...]
-    """To be loaded by every process that runs one of its trials; this one has them."""
-
-    def trials(self, results: Mapping[str, Result] = MappingProxyType({})) -> list[Trial]:
-        """Every trial that has to be run as far as `results`, by trial id, can tell; those with a result included.
-
-        Where values are to be chosen, a cell asks for all of them with the first seed, and for the other seeds of the
-        best one as soon as it is known.
-        """
-        wanted = {run.trial.id for cell in self.cells() for run in self._stages(cell, results)[0]}
-        return [run.trial for run in self.runs if run.trial.id in wanted]
-
-    def reported(self, results: Mapping[str, Result]) -> list[Run]:
-        """The runs that the table shows: with the chosen values, or all values of a cell in which every one failed."""
-        return [run for cell in self.cells() for run in self._stages(cell, results)[1]]
-
-    def cells(self) -> list[list[Run]]:
-        """Runs that differ in nothing but the seed and what is chosen."""
-        cells: dict[tuple[str, ...], list[Run]] = {}
-        for run in self.runs:
-            key = tuple(label for axis, label in run.axes.items() if axis not in ("seed", *self.choose))
-            cells.setdefault(key, []).append(run)
-        return list(cells.values())
-
-    def _stages(self, cell: list[Run], results: Mapping[str, Result]) -> tuple[list[Run], list[Run]]:
-        # What to run, and what to report of it.
-        first = [run for run in cell if run.trial.seed == cell[0].trial.seed]
-        if len(first) == 1:
-            return cell, cell
-        if any(run.trial.id not in results for run in first):
-            return first, []
-        done = [run for run in first if results[run.trial.id].status == "done"]
-        if not done:
-            return first, first
-        best = max(done, key=lambda run: _selection_score(results[run.trial.id]))
-        chosen = [run for run in cell if all(run.axes[axis] == best.axes[axis] for axis in self.choose)]
-        return first + chosen, chosen
-
-
-def _selection_score(result: Result) -> float:
-    evaluation = result.trial.eval
-    return getattr(result.scores[evaluation.select_on], evaluation.metric)
 
 
 def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
@@ -110,7 +36,8 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
     Raises UserError, which begins with FILE:LINE or with the assignment, for all that cannot be run or tabulated as it
     is written. The file is checked as it stands first, so that its table is known to fit its own grid.
     """
-    top = _read_file(path).keys(
+    text = read_text(path)
+    top = read(text, lambda line: f"{path}:{line}").keys(
         "the experiment",
         allowed=("name", "title", "notes", "plugins", "defaults", "grid", "choose", "table"),
         required=("name", "title", "defaults", "grid", "table"),
@@ -135,6 +62,7 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
         title=top["title"].typed(str, "title"),
         notes=top["notes"].typed(tuple[str, ...], "notes") if "notes" in top else (),
         path=path,
+        source=text,
         axes=axes,
         choose=tuple(key for key in choose if len(axes[key]) > 1),
         runs=tuple(runs),
@@ -142,17 +70,6 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
         assignments=tuple(assignments),
         plugins=plugged,
     )
-
-
-def _read_file(path: Path) -> Located:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); name an experiment file") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8") from None
-    return read(text, lambda line: f"{path}:{line}")
 
 
 def _plugins(item: Located, folder: Path) -> tuple[Plugin, ...]:
@@ -170,8 +87,7 @@ def _plugins(item: Located, folder: Path) -> tuple[Plugin, ...]:
 
 def _name(item: Located) -> str:
     name = item.typed(str, "name")
-    # What experiments share lies in results/trials.
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*", name) or name == "trials":
+    if not NAME.fullmatch(name):
         raise item.error(f"name is {name!r}; a folder is named so: use letters, digits, _ . + -, and not 'trials'")
     return name
 

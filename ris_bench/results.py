@@ -39,6 +39,34 @@ class Store:
             return None
         return result
 
+    def collect(self, trials: Iterable[Trial]) -> tuple[dict[str, Result], list[str]]:
+        """What is known of trials, by id, and a sentence on every file that could pass for a result and is left out.
+
+        Left out is what is no whole result, what holds another trial than its folder says, as a second result of one of
+        these trials does, and what has a number that cannot be. Sound results of other trials are not named.
+        """
+        wanted = {trial.id for trial in trials}
+        results: dict[str, Result] = {}
+        skipped = []
+        for path in sorted((self.root / "trials").glob("*/result.json")):
+            folder = path.parent.name
+            try:
+                result = Result.from_json(path.read_text(encoding="utf-8"))
+                sound = _is_sound(result)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                why = " ".join(f"{type(error).__name__}: {error}".split())
+                skipped.append(f"{path} is left out: it is no whole result ({why})")
+                continue
+            held = result.trial.id
+            if held != folder:
+                what = f"the result of {held}" if held in wanted else "the result of another trial"
+                skipped.append(f"{path} is left out: it is {what}, which its folder is not named after")
+            elif held in wanted and not sound:
+                skipped.append(f"{path} is left out: it has a number that cannot be")
+            elif held in wanted:
+                results[held] = result
+        return results, skipped
+
     def find(self, trial: str) -> Path:
         """The folder of the one finished trial whose id begins so; of `trial` itself where that is such a folder.
 
@@ -107,6 +135,30 @@ def read_done(folder: Path) -> Result:
     if result.status != "done":
         raise UserError(f"trial {folder.name} failed ({result.error}): it left neither a model nor scores")
     return result
+
+
+def _is_sound(result: Result) -> bool:
+    """Whether its numbers can be what they are called; TypeError where one is none."""
+    shares = [x for s in result.scores.values() for x in (s.miou, s.oiou, *s.precision_at.values())]
+    counted = [vars(record).items() for record in (result.params, result.cost) if record]
+    amounts = [amount for items in counted for name, amount in items if name != "device"]
+    return (
+        result.status in ("done", "failed")
+        and all(0 <= share <= 1 for share in shares)
+        and all(amount >= 0 for amount in amounts)
+    )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all, in a folder that is made where it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        # Half of a surrogate pair, which JSON can hold, is no text.
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _flush(paths: Iterable[Path]) -> None:

@@ -16,7 +16,7 @@ FLOORS = [
     ("head",),
     ("model", "plugins"),
     ("training", "evaluation", "features", "pretrain", "official"),
-    ("trial", "layout", "experiment", "export"),
+    ("trial", "layout", "plan", "experiment", "export"),
     ("report", "progress", "sweep", "params", "predict"),
     ("cli",),
 ]

@@ -1,15 +1,17 @@
 import csv
 import dataclasses
+import io
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas
 import pytest
 
 from ris_bench.experiment import Experiment, Run, load
 from ris_bench.records import Cost, Params, Provenance, Result, Scores, Trial
-from ris_bench.report.tables import Table, render, write
+from ris_bench.report.tables import Table, caveats, render, write
 
 TEXT = """\
 name: small_table
@@ -108,16 +110,18 @@ MARKDOWN = """\
 
 | Method         |   Params (M) |   RefCOCO mIoU val |   RefCOCO mIoU testA |   RefCOCO+ oIoU val |       Seconds |
 |:---------------|-------------:|-------------------:|---------------------:|--------------------:|--------------:|
-| [Full] 5%      |       120.74 |       51.00 ± 1.00 |         60.00 ± 0.00 |      **40.0** ± 0.0 | 2,000 ± 1,000 |
+| \\[Full] 5%     |       120.74 |       51.00 ± 1.00 |         60.00 ± 0.00 |      **40.0** ± 0.0 | 2,000 ± 1,000 |
 | \\*Fix_Backbone |     **0.00** |       51.00 ± 0.00 |     **61.00** ± 0.00 |      **40.0** ± 0.0 |    **50** ± 0 |
 | lora           |         0.03 |        **70.00** † |              10.00 † |              failed |          60 † |
 | A\\|B           |            – |                  – |                    – |                   – |             – |
 
-- mIoU: mean over expressions of intersection / union; oIoU: sum of intersections / sum of unions. In percent, over \
-every expression, in the frame of the original image; a pixel is in the mask where its probability is greater than 0.35.
+- mIoU: mean over expressions of intersection / union; oIoU: sum of intersections / sum of unions. In percent, by the \
+protocol ris-bench: over every expression, in the frame of the original image; a pixel is in the mask where its \
+probability is greater than 0.35.
 - Mean ± sample standard deviation over 3 seeds (0, 1, 2).
 - Trained on train; checkpoint selected on val by mIoU.
-- {a}~b^c\\\\d $5 #1 &lt;x> [y] p\\|q \\*z\\*
+- {a}\\~b^c\\\\d \\$5 #1 &lt;x> \\[y] p\\|q \\*z\\*
+- Expressions: refcoco val 10, refcoco testA 10, refcoco+ val 10, refcoco+ testA 10.
 - Commit 1a2b3c4, 1a2b3c4 with uncommitted changes; fp16 on a GPU; 2026-03-04 to 2026-03-05.
 - 13 of 24 trials done, 5 failed, 6 not run.
 - † Some of the seeds have no result.
@@ -133,19 +137,20 @@ LATEX = r"""\begin{table}[t]
 \cmidrule(lr){3-4} \cmidrule(lr){5-5}
 Method & Params (M) & val & testA & val & Seconds \\
 \midrule
-{[}Full] 5\% & 120.74 & 51.00 $\pm$ 1.00 & 60.00 $\pm$ 0.00 & \textbf{40.0} $\pm$ 0.0 & 2,000 $\pm$ 1,000 \\
-{*}Fix\_Backbone & \textbf{0.00} & 51.00 $\pm$ 0.00 & \textbf{61.00} $\pm$ 0.00 & \textbf{40.0} $\pm$ 0.0 & \textbf{50} $\pm$ 0 \\
-lora & 0.03 & \textbf{70.00}$^\dagger$ & 10.00$^\dagger$ & failed & 60$^\dagger$ \\
+{[}Full] 5\% & 120.74 & \underline{51.00} $\pm$ 1.00 & \underline{60.00} $\pm$ 0.00 & \textbf{40.0} $\pm$ 0.0 & 2,000 $\pm$ 1,000 \\
+{*}Fix\_Backbone & \textbf{0.00} & \underline{51.00} $\pm$ 0.00 & \textbf{61.00} $\pm$ 0.00 & \textbf{40.0} $\pm$ 0.0 & \textbf{50} $\pm$ 0 \\
+lora & \underline{0.03} & \textbf{70.00}$^\dagger$ & 10.00$^\dagger$ & failed & \underline{60}$^\dagger$ \\
 A\textbar{}B & -- & -- & -- & -- & -- \\
 \bottomrule
 \end{tabular}
 
 \smallskip
 \parbox{\linewidth}{\footnotesize
-mIoU: mean over expressions of intersection / union; oIoU: sum of intersections / sum of unions. In percent, over every expression, in the frame of the original image; a pixel is in the mask where its probability is greater than 0.35.\par
+mIoU: mean over expressions of intersection / union; oIoU: sum of intersections / sum of unions. In percent, by the protocol ris-bench: over every expression, in the frame of the original image; a pixel is in the mask where its probability is greater than 0.35.\par
 Mean $\pm$ sample standard deviation over 3 seeds (0, 1, 2).\par
 Trained on train; checkpoint selected on val by mIoU.\par
 \{a\}\textasciitilde{}b\textasciicircum{}c\textbackslash{}d \$5 \#1 \textless{}x\textgreater{} {[}y] p\textbar{}q {*}z{*}\par
+Expressions: refcoco val 10, refcoco testA 10, refcoco+ val 10, refcoco+ testA 10.\par
 Commit 1a2b3c4, 1a2b3c4 with uncommitted changes; fp16 on a GPU; 2026-03-04 to 2026-03-05.\par
 13 of 24 trials done, 5 failed, 6 not run.\par
 $^\dagger$ Some of the seeds have no result.\par
@@ -154,12 +159,27 @@ $^\dagger$ Some of the seeds have no result.\par
 """  # noqa: E501
 
 CSV = """\
-Method,Params (M),RefCOCO mIoU val,RefCOCO mIoU val std,RefCOCO mIoU testA,RefCOCO mIoU testA std,\
-RefCOCO+ oIoU val,RefCOCO+ oIoU val std,Seconds,Seconds std
-[Full] 5%,120.737633,51,1,60,0,40,0,2000,1000
-*Fix_Backbone,0,51,0,61,0,40.001,0,50,0
-lora,0.032768,70,,10,,failed,,60,
-A|B,,,,,,,,,
+method,column,value,split,mean,std,seeds,wanted,marks,text
+[Full] 5%,Params (M),params.tunable_backbone,,120.737633,,3,3,,120.74
+[Full] 5%,RefCOCO,miou,val,51,1,3,3,,51.00
+[Full] 5%,RefCOCO,miou,testA,60,0,3,3,,60.00
+[Full] 5%,RefCOCO+,oiou,val,40,0,3,3,,40.0
+[Full] 5%,Seconds,cost.train_seconds,,2000,1000,3,3,,"2,000"
+*Fix_Backbone,Params (M),params.tunable_backbone,,0,,3,3,,0.00
+*Fix_Backbone,RefCOCO,miou,val,51,0,3,3,,51.00
+*Fix_Backbone,RefCOCO,miou,testA,61,0,3,3,,61.00
+*Fix_Backbone,RefCOCO+,oiou,val,40.001,0,3,3,,40.0
+*Fix_Backbone,Seconds,cost.train_seconds,,50,0,3,3,,50
+lora,Params (M),params.tunable_backbone,,0.032768,,3,3,,0.03
+lora,RefCOCO,miou,val,70,,1,3,†,70.00
+lora,RefCOCO,miou,testA,10,,1,3,†,10.00
+lora,RefCOCO+,oiou,val,,,0,3,,failed
+lora,Seconds,cost.train_seconds,,60,,1,3,†,60
+A|B,Params (M),params.tunable_backbone,,,,0,3,,–
+A|B,RefCOCO,miou,val,,,0,3,,–
+A|B,RefCOCO,miou,testA,,,0,3,,–
+A|B,RefCOCO+,oiou,val,,,0,3,,–
+A|B,Seconds,cost.train_seconds,,,,0,3,,–
 """
 
 
@@ -175,7 +195,7 @@ def test_the_whole_table(tmp_path):
 def test_a_table_without_results_has_no_number(tmp_path):
     table = render(read(tmp_path), {})
     rows = list(csv.reader(table.csv.splitlines()))[1:]
-    assert [row[1:] for row in rows] == [[""] * 5] * 4
+    assert [row[4:] for row in rows] == [["", "", "0", "3", "", "–"]] * 4 * 5
     assert table.markdown.count("–") == 4 * 5
     assert "0 of 24 trials done, 24 not run." in table.markdown
     assert "Commit" not in table.markdown
@@ -192,10 +212,10 @@ def test_one_seed_has_no_deviation(tmp_path):
     experiment = read(tmp_path, sets=("seed=1",))
     table = render(experiment, known(experiment))
     assert "±" not in table.markdown
-    assert cells(table, "[Full] 5%") == ["120.74", "**51.00**", "60.00", "**40.0**", "2,000"]
+    assert cells(table, "\\[Full] 5%") == ["120.74", "**51.00**", "60.00", "**40.0**", "2,000"]
     assert "- One seed (1)." in table.markdown
     assert "- Set on the command line: seed=1." in table.markdown
-    assert "std" not in table.csv
+    assert pandas.read_csv(io.StringIO(table.csv))["std"].isna().all()
 
 
 def test_code_of_unknown_origin_is_told(tmp_path):
@@ -224,7 +244,7 @@ def test_the_other_kinds_of_columns(tmp_path):
     table = render(experiment, known(experiment))
     header, _, row = (line.strip("| ").split("|") for line in table.markdown.splitlines()[2:5])
     assert dict(zip(map(str.strip, header), map(str.strip, row), strict=True)) == {
-        "Method": "[Full] 5%",
+        "Method": "\\[Full] 5%",
         "Pr Pr@0.5 val": "25.00",
         "Pr Pr@0.5 val/shuffled": "–",  # reported, but not by this result
         "mIoU of RefCOCO val": "50.00",
@@ -244,7 +264,7 @@ def test_a_count_that_depends_on_an_open_axis_is_not_averaged(tmp_path):
     for trial in experiment.trials():
         if trial.dataset.name == "refcoco+":
             results[trial.id] = done(trial, {}, tuned=500_000)
-    assert cells(render(experiment, results), "[Full] 5%")[0] == "120.74 / 0.50"
+    assert cells(render(experiment, results), "\\[Full] 5%")[0] == "120.74 / 0.50"
 
 
 def test_the_chosen_value_is_shown_and_told(tmp_path):
@@ -279,14 +299,89 @@ def test_rendering_needs_neither_torch_nor_ray():
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
-def test_the_latex_compiles(tmp_path):
-    (tmp_path / "table.tex").write_text(LATEX, encoding="utf-8")
+def compile_latex(folder: Path, table: str) -> None:
+    (folder / "table.tex").write_text(table, encoding="utf-8")
     document = r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{table}\end{document}"
-    (tmp_path / "document.tex").write_text(document, encoding="utf-8")
+    (folder / "document.tex").write_text(document, encoding="utf-8")
     command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "document.tex"]
-    compiled = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    compiled = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
     assert compiled.returncode == 0, compiled.stdout
+
+
+needs_pdflatex = pytest.mark.skipif(shutil.which("pdflatex") is None, reason="pdflatex is not installed")
+
+
+@needs_pdflatex
+def test_the_latex_compiles(tmp_path):
+    compile_latex(tmp_path, LATEX)
+
+
+HOSTILE = {
+    "full": r"<script>alert(1)</script> & \input{/etc/passwd} $x_1^2$ 100%",
+    "frozen": "_a_ __b__ `c` ~~d~~ ![e](http://f) &lt;g&gt; conv_adapter #1 -- \\",
+    "lora": "\N{GRINNING FACE} \u05e9\u05dc \N{RIGHT-TO-LEFT OVERRIDE}x \x1b[31m| e\u0301 γ≥1",
+    "bridger": "*\n[2] a",
+}
+
+
+@pytest.fixture
+def hostile(tmp_path) -> Table:
+    experiment = read(tmp_path)
+    experiment = dataclasses.replace(
+        experiment, title=" ".join(HOSTILE.values()), table=dataclasses.replace(experiment.table, labels=HOSTILE)
+    )
+    return render(experiment, known(experiment))
+
+
+def test_hostile_labels_are_no_markup(hostile):
+    labels = [line.split(" | ")[0].strip("| ") for line in hostile.markdown.splitlines()[4:8]]
+    assert labels == [
+        r"&lt;script>alert(1)&lt;/script> & \\input{/etc/passwd} \$x_1^2\$ 100%",
+        r"\_a\_ \_\_b\_\_ \`c\` \~\~d\~\~ !\[e](http://f) &amp;lt;g&amp;gt; conv_adapter #1 -- \\",
+        "\N{GRINNING FACE} \u05e9\u05dc \N{REPLACEMENT CHARACTER}x \N{REPLACEMENT CHARACTER}\\[31m\\| e\u0301 γ≥1",
+        r"\* \[2] a",
+    ]
+    labels = [line.split(" & ")[0] for line in hostile.latex.splitlines() if line.endswith(r"\\")][2:]
+    assert r"\textbackslash{}input\{/etc/passwd\} \$x\_1\textasciicircum{}2\$ 100\% &" in hostile.latex
+    assert r"!{[}e](http://f) \&lt;g\&gt; conv\_adapter \#1 -{}- \textbackslash{} &" in hostile.latex
+    assert labels[2:] == [
+        r"{[}U+1F600] {[}U+05E9]{[}U+05DC] {[}U+FFFD]x {[}U+FFFD]{[}31m\textbar{} é $\gamma$$\geq$1",
+        "{*} {[}2] a",
+    ]
+
+
+@needs_pdflatex
+def test_hostile_labels_compile(hostile, tmp_path):
+    compile_latex(tmp_path, hostile.latex)
+
+
+def test_pandas_reads_numbers(tmp_path):
+    experiment = read(tmp_path)
+    frame = pandas.read_csv(io.StringIO(render(experiment, known(experiment)).csv))
+    assert all(frame[name].dtype == "float64" for name in ("mean", "std"))
+    assert frame.pivot(index="method", columns=["value", "split"], values="mean").loc["lora", ("miou", "val")] == 70
+
+
+def test_the_second_best_is_the_next_that_is_printed_otherwise(tmp_path):
+    experiment = read(tmp_path)
+    scores = {"full": 0.5, "frozen": 0.50001, "lora": 0.4, "bridger": 0.3}
+
+    def latex(*methods: str) -> str:
+        trials = (run.trial for run in experiment.runs if run.trial.method.name in methods)
+        return render(experiment, {t.id: done(t, {"val": (scores[t.method.name], 0)}, tuned=1) for t in trials}).latex
+
+    table = latex(*scores)
+    assert table.count(r"\textbf{50.00}") == 2 and r"\underline{40.00}" in table and r"\underline{30.00}" not in table
+    assert r"\textbf{50.00}" in latex("full", "lora") and r"\underline" not in latex("full", "lora")
+
+
+def test_splits_of_different_sizes_are_told(tmp_path):
+    experiment = read(tmp_path, sets=("method=full", "dataset=refcoco"))
+    results = known(experiment)
+    key, result = results.popitem()
+    scores = {"val": dataclasses.replace(result.scores["val"], num_expressions=10_834)}
+    table = render(experiment, results | {key: dataclasses.replace(result, scores=scores)})
+    assert "- Expressions: refcoco val 10 or 10,834, refcoco testA 10." in table.markdown
 
 
 GROUPED = (
@@ -319,7 +414,7 @@ def test_rows_of_several_axes_stand_in_groups(tmp_path):
     assert rows[2:] == [
         ["clip-r101", "Fix Backbone", "20.50 ± 0.71", "1.0"],
         ["", "lora", "**25.50** ± 0.71", "1.0"],
-        ["CLIP [R50]", "Fix Backbone", "10.50 ± 0.71", "1.0"],
+        ["CLIP \\[R50]", "Fix Backbone", "10.50 ± 0.71", "1.0"],
         ["", "lora", "**15.50** ± 0.71", "1.0"],
         ["dinov2-b", "Fix Backbone", "**30.00**", "0.5"],
         ["", "detris", "25.00", "0.5"],
@@ -327,7 +422,7 @@ def test_rows_of_several_axes_stand_in_groups(tmp_path):
     assert "- Mean ± sample standard deviation over 2 seeds (0, 1), one seed (0) where there is no ±." in table.markdown
     chosen = "- train.lr is chosen where there are several out of 1.0, 0.5, on val by mIoU, with seed 0."
     assert chosen in table.markdown
-    assert [row[:2] for row in csv.reader(table.csv.splitlines())][3:5] == [
+    assert [row[:2] for row in csv.reader(table.csv.splitlines())][5:9:2] == [
         ["CLIP [R50]", "Fix Backbone"],
         ["CLIP [R50]", "lora"],
     ]
@@ -347,7 +442,12 @@ def test_scores_of_a_checkpoint_that_was_selected_on_a_test_split_are_marked(tmp
     ]
     assert "‡" not in tables[0].markdown
     marked = ["**1.00**", *["**50.00** ± 0.00 ‡"] * 2, "**25.0** ± 0.0 ‡", "**60** ± 0"]
-    assert cells(tables[1], "[Full] 5%") == marked
+    assert cells(tables[1], "\\[Full] 5%") == marked
     assert "- ‡ The checkpoint was selected on a test split." in tables[1].markdown
     assert tables[1].latex.count(r"$^\ddagger$") == 4
     assert "checkpoint selected on testA by mIoU" in tables[1].markdown
+
+
+def test_scores_of_leaked_images_are_marked(tmp_path):
+    trial = read(tmp_path, sets=("dataset={refcoco: {leakage: allow}}",)).runs[0].trial
+    assert caveats([trial], lacking=False) == "§" and caveats([], lacking=True) == "†"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
@@ -15,7 +17,9 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from ris_bench.layout import COSTS, COUNTS, METRICS, Column
+from ris_bench.protocols import RIS_BENCH
 from ris_bench.records import Result, Trial
+from ris_bench.results import write_whole
 
 if TYPE_CHECKING:  # it imports torch, with the methods that it names
     from ris_bench.experiment import Experiment, Run
@@ -36,7 +40,13 @@ MARKS = {
 
 @dataclass(frozen=True)
 class Table:
-    """One table in three formats; the CSV has unrounded numbers, and neither title nor notes."""
+    """One table in three formats.
+
+    The CSV has a row for each cell, as pandas likes it, and neither title nor notes: the labels of the row under the
+    names of their axes; `column` (its header), `value` (what it shows, such as miou) and `split`; `mean` and `std`
+    (the sample standard deviation) in the unit of the table, unrounded, and empty where there is none; `seeds` that
+    these are of, out of `wanted`; `marks` of MARKS; and the `text` that the other formats print.
+    """
 
     markdown: str
     latex: str
@@ -81,7 +91,8 @@ class _Leaf:
         if scores is None:
             return None
         metric, _, threshold = self.column.value.partition("@")
-        return 100 * (scores.precision_at[threshold] if threshold else getattr(scores, metric))
+        share = scores.precision_at.get(threshold) if threshold else getattr(scores, metric)
+        return None if share is None else 100 * share
 
 
 @dataclass(frozen=True)
@@ -93,15 +104,25 @@ class _Cell:
     marks: str = ""
     """Of MARKS, for what a reader must know before comparing it."""
     best: bool = False
+    second: bool = False
+    seeds: int = 0
+    """That the number is of."""
+    wanted: int = 0
+    """That it would be of if nothing were missing."""
 
 
 @dataclass(frozen=True)
 class _Body:
-    corner: tuple[str, ...]
-    """Headers of the labels."""
+    axes: tuple[str, ...]
+    """Of the labels."""
     leaves: tuple[_Leaf, ...]
     rows: tuple[tuple[tuple[str, ...], tuple[_Cell, ...]], ...]
     """Labels and cells."""
+
+    @property
+    def corner(self) -> tuple[str, ...]:
+        """Headers of the labels."""
+        return corner(self.axes)
 
     def groups(self) -> Iterator[list[tuple[list[str], tuple[_Cell, ...]]]]:
         """The rows that share all labels but the last; a label is blank where the row above it has the same."""
@@ -151,35 +172,40 @@ def lay_out(experiment: Experiment, results: Mapping[str, Result]) -> tuple[_Bod
         (tuple(layout.labels.get(label, label) for label in labels), cells)
         for labels, cells in zip(keys, zip(*by_leaf, strict=True), strict=True)
     )
-    body = _Body(corner(layout.rows), leaves, rows)
+    body = _Body(layout.rows, leaves, rows)
     return body, list(_notes(experiment, results, body))
 
 
 def write(table: Table, folder: Path) -> None:
     """Write table.md, table.tex and table.csv into a folder; each appears whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     for suffix, text in (("md", table.markdown), ("tex", table.latex), ("csv", table.csv)):
-        temporary = folder / f".table.{suffix}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / f"table.{suffix}")
+        write_whole(folder / f"table.{suffix}", text)
 
 
 def _cell(leaf: _Leaf, runs: Sequence[Run], results: Mapping[str, Result]) -> _Cell:
     value = leaf.column.value
     if value not in (*METRICS, *COUNTS, *COSTS):
         return _Cell(" / ".join(_distinct(run.axes[value] for run in runs)) or "–")
+    wanted = len({run.trial.seed for run in runs})
     known = [results[run.trial.id] for run in runs if run.trial.id in results]
-    numbers = [number for number in map(leaf.measure, known) if number is not None]
-    if not numbers:
-        return _Cell("failed" if any(result.status == "failed" for result in known) else "–")
+    measured = [(result.trial.seed, number) for result in known if (number := leaf.measure(result)) is not None]
+    if not measured:
+        return _Cell("failed" if any(result.status == "failed" for result in known) else "–", wanted=wanted)
+    seeds, numbers = zip(*measured, strict=True)
+    cell = _Cell(leaf.format(numbers[0]), numbers[0], seeds=len(set(seeds)), wanted=wanted)
     if value in COUNTS:
         # No seed changes a count; where another axis does, their mean would be the count of no model.
         texts = _distinct(map(leaf.format, numbers))
-        return _Cell(" / ".join(texts), number=numbers[0] if len(texts) == 1 else None)
+        return cell if len(texts) == 1 else replace(cell, text=" / ".join(texts), number=None)
     mean = fmean(numbers)
-    spread = stdev(numbers) if len(numbers) > 1 else None
     scored = [run.trial for run in runs] if value in METRICS else []
-    return _Cell(leaf.format(mean), mean, spread, caveats(scored, lacking=len(numbers) < len(runs)))
+    return replace(
+        cell,
+        text=leaf.format(mean),
+        number=mean,
+        spread=stdev(numbers) if len(numbers) > 1 else None,
+        marks=caveats(scored, lacking=len(numbers) < len(runs)),
+    )
 
 
 def caveats(trials: Collection[Trial], *, lacking: bool) -> str:
@@ -195,13 +221,14 @@ def corner(axes: Iterable[str]) -> tuple[str, ...]:
 
 
 def _with_best(leaf: _Leaf, cells: list[_Cell]) -> list[_Cell]:
-    choose = {"max": max, "min": min, None: None}[leaf.column.best]
-    numbers = [cell.number for cell in cells if cell.number is not None]
-    if choose is None or not numbers:
+    numbers = sorted({cell.number for cell in cells if cell.number is not None}, reverse=leaf.column.best == "max")
+    if leaf.column.best is None or not numbers:
         return cells
-    # What is printed alike is equally good.
-    best = leaf.format(choose(numbers))
-    return [replace(cell, best=cell.number is not None and cell.text == best) for cell in cells]
+    # What is printed alike is equally good. That of two cells one is the second tells nothing.
+    best, *others = _distinct(map(leaf.format, numbers))
+    second = others[0] if sum(cell.number is not None for cell in cells) > 2 and others else None
+    known = [(cell, cell.text if cell.number is not None else "") for cell in cells]
+    return [replace(cell, best=text == best, second=text == second) for cell, text in known]
 
 
 def _distinct(values: Iterable[object]) -> list[str]:
@@ -214,8 +241,9 @@ def _notes(experiment: Experiment, results: Mapping[str, Result], body: _Body) -
     if metrics:
         thresholds = " or ".join(_distinct(trial.eval.threshold for trial in trials))
         yield (
-            f"{'; '.join(DEFINITIONS[metric] for metric in metrics)}. In percent, over every expression, in the frame "
-            f"of the original image; a pixel is in the mask where its probability is greater than {thresholds}."
+            f"{'; '.join(DEFINITIONS[metric] for metric in metrics)}. In percent, by the protocol {RIS_BENCH.name}: "
+            "over every expression, in the frame of the original image; a pixel is in the mask where its probability "
+            f"is greater than {thresholds}."
         )
     if any(leaf.split.endswith("/shuffled") for leaf in body.leaves):
         yield "SPLIT/shuffled: the expressions of the split are dealt out to other referents."
@@ -239,6 +267,9 @@ def _notes(experiment: Experiment, results: Mapping[str, Result], body: _Body) -
 
     wanted = experiment.trials(results)
     known = [results[trial.id] for trial in wanted if trial.id in results]
+    splits = {leaf.split.removesuffix("/shuffled") for leaf in body.leaves}
+    if sizes := ", ".join(_sizes((result for result in known if result.status == "done"), splits)):
+        yield f"Expressions: {sizes}."
     if known:
         made = [result.provenance for result in known]
         code = ", ".join(
@@ -256,9 +287,40 @@ def _notes(experiment: Experiment, results: Mapping[str, Result], body: _Body) -
     yield from (f"{mark} {meaning}" for mark, meaning in MARKS.items() if mark in used)
 
 
+def _sizes(results: Iterable[Result], splits: Collection[str]) -> Iterator[str]:
+    """How many expressions each of these splits has: one number, unless trials were evaluated on different files."""
+    sizes: dict[str, list[int]] = {}
+    for result in results:
+        for split in (split for split in result.scores if split in splits):
+            name = f"{result.trial.dataset.name} {split}"
+            sizes.setdefault(name, []).append(result.scores[split].num_expressions)
+    for name, numbers in sizes.items():
+        yield f"{name} {' or '.join(_distinct(f'{number:,}' for number in numbers))}"
+
+
+def line(text: str) -> str:
+    """One line without control characters, and without commands that would reorder what stands around it."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if _is_command(letter) else letter for letter in " ".join(text.split()))
+
+
+def _is_command(letter: str) -> bool:
+    # Joiners, which emoji are made of, are harmless. Half of a surrogate pair is no letter.
+    return unicodedata.category(letter) in ("Cc", "Cs") or unicodedata.bidirectional(letter) in _REORDERING
+
+
+_REORDERING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+_MARKUP = re.compile(
+    r"""[\\|<*`~$\[]        # escapes, cells, HTML, emphasis, code, mathematics, links and images
+    | (?<![^\W_])_ | _(?![^\W_])  # emphasis, but for what is within a word
+    | &(?=\#?\w+;)             # entities
+    """,
+    re.VERBOSE,
+)
+
+
 def escaped(text: str) -> str:
-    """One line of text for a cell of a Markdown table."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    """One line of text for a cell of a Markdown table, which reads as what it is: nothing in it is markup."""
+    return _MARKUP.sub(lambda found: {"<": "&lt;", "&": "&amp;"}.get(found[0], f"\\{found[0]}"), line(text))
 
 
 def _markdown(body: _Body, title: str, notes: Iterable[str]) -> str:
@@ -281,46 +343,76 @@ def _markdown(body: _Body, title: str, notes: Iterable[str]) -> str:
     return f"**{escaped(title)}**\n\n{lines}\n\n" + "".join(f"- {escaped(note)}\n" for note in notes)
 
 
-_LATEX = str.maketrans(
-    {
-        **{character: f"\\{character}" for character in "&%$#_{}"},
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        # At the start of a row these two would belong to the command that ended the row before.
-        "[": "{[}",
-        "*": "{*}",
-        "–": "--",
-        "±": r"$\pm$",
-        "†": r"$^\dagger$",
-        "‡": r"$^\ddagger$",
-        "§": r"$^\S$",
-    }
-)
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    # At the start of a row these two would belong to the command that ended the row before.
+    "[": "{[}",
+    "*": "{*}",
+    "`": "{`}",
+    "–": "--",
+    "—": "---",
+    "…": r"\ldots{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "→": r"$\to$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "−": "$-$",
+    "†": r"$^\dagger$",
+    "‡": r"$^\ddagger$",
+    "§": r"$^\S$",
+    **{
+        letter: rf"$\{name}$"
+        for letters, names in (
+            ("αβγδεζηθικλμ", "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu"),
+            ("νξπρστυφχψω", "nu xi pi rho sigma tau upsilon phi chi psi omega"),
+            ("ΓΔΘΛΞΠΣΥΦΨΩ", "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"),
+        )
+        for letter, name in zip(letters, names.split(), strict=True)
+    },
+}
+
+
+_LETTERS = frozenset(map(chr, range(0xA1, 0x17F))) - {*"«»ÐÞðþĄąĐđĘęĦħĮįĸĿŀŉŊŋŦŧŲų\xad"} | {*"‘’“”•"}
+"""Beyond ASCII, that pdflatex prints with the fonts that it begins with."""
+
+
+def _in_latex(text: str) -> str:
+    """Text as LaTeX prints it without any package: a letter that its own fonts lack is named by its number."""
+
+    def printed(letter: str, following: str) -> str:
+        known = letter.isascii() or letter in _LETTERS
+        text = _LATEX.get(letter, letter if known else f"{{[}}U+{ord(letter):04X}]")
+        return text + "{}" if letter == following and letter in "-'" else text  # else these two would make another
+
+    text = unicodedata.normalize("NFC", line(text))
+    return "".join(map(printed, text, f"{text[1:]} "))
 
 
 def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
-    def plain(text: str) -> str:
-        return " ".join(text.split()).translate(_LATEX)
-
     def printed(leaf: _Leaf, cell: _Cell) -> str:
-        text = rf"\textbf{{{plain(cell.text)}}}" if cell.best else plain(cell.text)
+        text = _in_latex(cell.text)
+        if cell.best or cell.second:
+            text = rf"\{'textbf' if cell.best else 'underline'}{{{text}}}"
         spread = "" if cell.spread is None else rf" $\pm$ {leaf.format(cell.spread)}"
-        return f"{text}{spread}{plain(cell.marks)}"
+        return f"{text}{spread}{_in_latex(cell.marks)}"
 
     def row(cells: Iterable[str]) -> str:
         return rf"{' & '.join(cells)} \\"
 
-    header = [row([*map(plain, body.corner), *(plain(leaf.split or leaf.group) for leaf in body.leaves)])]
+    header = [row([*map(_in_latex, body.corner), *(_in_latex(leaf.split or leaf.group) for leaf in body.leaves)])]
     above, rules, end = [""] * len(body.corner), [], len(body.corner)
     for _, group in groupby(body.leaves, key=lambda leaf: id(leaf.column)):
         leaves = list(group)
         start, end = end + 1, end + len(leaves)
         if leaves[0].split:
-            above.append(rf"\multicolumn{{{len(leaves)}}}{{c}}{{{plain(leaves[0].group)}}}")
+            above.append(rf"\multicolumn{{{len(leaves)}}}{{c}}{{{_in_latex(leaves[0].group)}}}")
             rules.append(rf"\cmidrule(lr){{{start}-{end}}}")
         else:
             above.append("")
@@ -330,13 +422,13 @@ def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
     for group in body.groups():
         lines += [
             r"\midrule",
-            *(row([*map(plain, labels), *map(printed, body.leaves, cells)]) for labels, cells in group),
+            *(row([*map(_in_latex, labels), *map(printed, body.leaves, cells)]) for labels, cells in group),
         ]
     return "\n".join(
         [
             r"\begin{table}[t]",
             r"\centering",
-            rf"\caption{{{plain(title)}}}",
+            rf"\caption{{{_in_latex(title)}}}",
             rf"\label{{tab:{label}}}",
             rf"\begin{{tabular}}{{{'l' * len(body.corner)}{'r' * len(body.leaves)}}}",
             r"\toprule",
@@ -347,7 +439,7 @@ def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
             "",
             r"\smallskip",
             r"\parbox{\linewidth}{\footnotesize",
-            *(rf"{plain(note)}\par" for note in notes),
+            *(rf"{_in_latex(note)}\par" for note in notes),
             "}",
             r"\end{table}",
             "",
@@ -356,19 +448,15 @@ def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
 
 
 def _csv(body: _Body) -> str:
-    spread = [any(cells[i].spread is not None for _, cells in body.rows) for i in range(len(body.leaves))]
-
-    def expand(items: Iterable[tuple[str, str]]) -> list[str]:
-        # The second of a pair has a column only where the table has standard deviations.
-        return [text for pair, both in zip(items, spread, strict=True) for text in pair[: 1 + both]]
-
     def number(value: float | None) -> str:
         return "" if value is None else f"{value:.12g}"
 
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*body.corner, *expand((leaf.title, f"{leaf.title} std") for leaf in body.leaves)])
+    about = ("column", "value", "split", "mean", "std", "seeds", "wanted", "marks", "text")
+    writer.writerow([*body.axes, *about])
     for labels, cells in body.rows:
-        texts = ((number(c.number) or c.text.replace("–", ""), number(c.spread)) for c in cells)
-        writer.writerow([*labels, *expand(texts)])
+        for leaf, cell in zip(body.leaves, cells, strict=True):
+            shown = (leaf.column.header, leaf.column.value, leaf.split, number(cell.number), number(cell.spread))
+            writer.writerow([*labels, *shown, cell.seeds, cell.wanted, cell.marks, cell.text])
     return file.getvalue()

@@ -1,0 +1,215 @@
+"""What an experiment is, once read: its runs, which of them are to be made next, and its table.
+
+It is kept beside the tables, so that they can be made anew from files alone: an experiment file names backbones,
+methods and data sets, and to read it takes all of these, PyTorch included.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+
+from ris_bench import located
+from ris_bench.errors import UserError
+from ris_bench.layout import COSTS, COUNTS, METRICS, Column, Layout
+from ris_bench.records import Result, Trial, plain
+from ris_bench.registry import checked
+from ris_bench.results import write_whole
+
+if TYPE_CHECKING:  # it imports torch
+    from ris_bench.plugins import Plugin
+
+FILE = "plan.jsonl"
+"""In the folder of an experiment: a line for what all runs share, then a line for each of them."""
+NAME = re.compile(r"(?!trials$)[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+"""Of an experiment, and so of its folder; what experiments share lies in `trials`."""
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A trial and its place in the experiment."""
+
+    trial: Trial
+    axes: Mapping[str, str]
+    """The label of its value on every axis."""
+    splits: tuple[str, ...]
+    """What it reports, in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A named set of trials and their table; what is to be run next is a function of the results that are known."""
+
+    name: str
+    """Of the folder that its table is written to."""
+    title: str
+    notes: tuple[str, ...]
+    path: Path
+    source: str
+    """The text of the file."""
+    axes: Mapping[str, tuple[str, ...]]
+    """Labels by axis, of all grids, in the order of the file."""
+    choose: tuple[str, ...]
+    """Axes of which each cell uses one value: the one that scores best on the validation split with the first seed."""
+    runs: tuple[Run, ...]
+    """The whole product of the axes, grid by grid."""
+    table: Layout
+    assignments: tuple[str, ...]
+    """What was set on the command line."""
+    plugins: tuple[Plugin, ...]
+    """To be loaded by every process that runs one of its trials; this one has them."""
+
+    def trials(self, results: Mapping[str, Result] = MappingProxyType({})) -> list[Trial]:
+        """Every trial that has to be run as far as `results`, by trial id, can tell; those with a result included.
+
+        Where values are to be chosen, a cell asks for all of them with the first seed, and for the other seeds of the
+        best one as soon as it is known.
+        """
+        wanted = {run.trial.id for cell in self.cells() for run in self._stages(cell, results)[0]}
+        return [run.trial for run in self.runs if run.trial.id in wanted]
+
+    def reported(self, results: Mapping[str, Result]) -> list[Run]:
+        """The runs that the table shows: with the chosen values, or all values of a cell in which every one failed."""
+        return [run for cell in self.cells() for run in self._stages(cell, results)[1]]
+
+    def cells(self) -> list[list[Run]]:
+        """Runs that differ in nothing but the seed and what is chosen."""
+        cells: dict[tuple[str, ...], list[Run]] = {}
+        for run in self.runs:
+            key = tuple(label for axis, label in run.axes.items() if axis not in ("seed", *self.choose))
+            cells.setdefault(key, []).append(run)
+        return list(cells.values())
+
+    def _stages(self, cell: list[Run], results: Mapping[str, Result]) -> tuple[list[Run], list[Run]]:
+        # What to run, and what to report of it.
+        first = [run for run in cell if run.trial.seed == cell[0].trial.seed]
+        if len(first) == 1:
+            return cell, cell
+        if any(run.trial.id not in results for run in first):
+            return first, []
+        done = [run for run in first if results[run.trial.id].status == "done"]
+        if not done:
+            return first, first
+        best = max(done, key=lambda run: _selection_score(results[run.trial.id]))
+        chosen = [run for run in cell if all(run.axes[axis] == best.axes[axis] for axis in self.choose)]
+        return first + chosen, chosen
+
+
+def _selection_score(result: Result) -> float:
+    evaluation = result.trial.eval
+    return getattr(result.scores[evaluation.select_on], evaluation.metric)
+
+
+def find(named: Path, root: Path | None = None) -> tuple[Experiment, Path]:
+    """An experiment by its file or by its folder of tables, and the results folder.
+
+    Args:
+        named: a folder that holds an experiment as it was last run; or an experiment file. Of the latter the folder's
+            plan is taken where it was made of the very same text, and only else the file is read, with PyTorch.
+        root: the results folder; None means that around the folder named, or `results`.
+
+    Raises UserError where there is no such thing, or no whole one.
+    """
+    if named.is_dir():
+        return read(named), (named.absolute().parent if root is None else root)
+    root = Path("results") if root is None else root
+    text = read_text(named)
+    written = located.read(text, lambda line: f"{named}:{line}").mapping("the experiment").get("name")
+    name = written and written.value
+    if isinstance(name, str) and NAME.fullmatch(name) and (root / name / FILE).is_file():
+        experiment = read(root / name)
+        if experiment.source == text and not experiment.assignments:
+            return experiment, root
+    try:
+        from ris_bench.experiment import load  # only now: it imports torch
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{named} has not been run as it stands, and to read it takes {error.name}, which is not installed; name a "
+            f"folder that holds a {FILE}"
+        ) from None
+    return load(named), root
+
+
+def read_text(path: Path) -> str:
+    """The text of an experiment file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name an experiment file") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: this is not UTF-8 text; save it as UTF-8") from None
+
+
+def write(experiment: Experiment, folder: Path) -> None:
+    """Keep an experiment, without the code of its plug-ins; the file appears whole or not at all."""
+    shared = {key: getattr(experiment, key) for key in _SHARED}
+    shared |= {"file": experiment.path.name, "table": asdict(experiment.table), "runs": len(experiment.runs)}
+    runs = ({"axes": dict(run.axes), "splits": run.splits, "trial": plain(run.trial)} for run in experiment.runs)
+    write_whole(folder / FILE, "".join(f"{json.dumps(line)}\n" for line in (shared, *runs)))
+
+
+_SHARED = {
+    "name": str,
+    "title": str,
+    "notes": tuple[str, ...],
+    "source": str,
+    "axes": dict[str, tuple[str, ...]],
+    "choose": tuple[str, ...],
+    "assignments": tuple[str, ...],
+}
+
+
+def read(folder: Path) -> Experiment:
+    """The experiment that `write` has kept. UserError where there is none, or not the whole of one."""
+    path = folder / FILE
+    try:
+        # Only a line feed ends a line: JSON may hold other characters that end one elsewhere.
+        first, *lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        return _parse(json.loads(first), [json.loads(line) for line in lines])
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no {FILE}: no experiment was run into it; name an experiment file") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path} is no whole plan of an experiment ({why}); name its experiment file") from None
+
+
+def _parse(shared: Mapping[str, Any], lines: list[Mapping[str, Any]]) -> Experiment:
+    values = {key: checked(shared[key], hint, key) for key, hint in _SHARED.items()}
+    axes, table = values["axes"], shared["table"]
+    columns = tuple(_record(Column, column) for column in table["columns"])
+    layout = Layout(
+        rows=checked(table["rows"], tuple[str, ...], "rows"),
+        labels=checked(table["labels"], dict[str, str], "labels"),
+        columns=columns,
+    )
+    runs = tuple(
+        Run(
+            trial=Trial.from_dict(line["trial"]),
+            axes=checked(line["axes"], dict[str, str], "axes"),
+            splits=checked(line["splits"], tuple[str, ...], "splits"),
+        )
+        for line in lines
+    )
+    if not runs or len(runs) != shared["runs"]:
+        raise ValueError(f"{len(runs)} of {shared['runs']} runs")
+    named = {*layout.rows, *values["choose"], *(axis for column in columns for axis in column.where)}
+    if not (NAME.fullmatch(values["name"]) and layout.rows and named <= set(axes)):
+        raise ValueError("a name or an axis that there is not")
+    if any(list(run.axes) != list(axes) or any(run.axes[a] not in axes[a] for a in axes) for run in runs):
+        raise ValueError("a run off the axes")
+    if strange := {column.value for column in columns} - {*METRICS, *COUNTS, *COSTS, *axes}:
+        raise ValueError(f"a column of {strange.pop()}")
+    return Experiment(**values, path=Path(checked(shared["file"], str, "file")), table=layout, runs=runs, plugins=())
+
+
+def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:
+    hints = get_type_hints(kind)
+    return kind(**{key: checked(value, hints[key], key) for key, value in values.items()})
