@@ -1,15 +1,17 @@
-"""One training loop, ignorant of methods: Adam on what is trainable, a step schedule, one epoch at a time."""
+"""One training loop, ignorant of methods and files: Adam on what is trainable, a step schedule, one epoch at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ris_bench.data.loading import ReferentBatches
+from ris_bench.model import RISModel
 from ris_bench.records import Epoch, Training
 
 
@@ -34,26 +36,109 @@ def segmentation_loss(logits_B1hw: Tensor, mask_B1HW: Tensor, dice: float) -> Te
     return loss
 
 
-def train(
-    model: nn.Module,
-    batches: ReferentBatches,
-    training: Training,
-    device: torch.device,
-    on_step: Callable[[int, int, float], None],
-) -> Iterator[Epoch]:
-    """Yield after every epoch, so that the caller can validate; `on_step(epoch, batch, loss)` after every step.
+def learning_rate(training: Training, epoch: int) -> float:
+    """That of an epoch, counted from 0: multiplied by `gamma` at every milestone that has been reached."""
+    rate = training.lr
+    for _ in filter(lambda milestone: milestone <= epoch, training.milestones):
+        rate *= training.gamma
+    return rate
+
+
+class Loop:
+    """Where training stands: in the model's tuned tensors, in the optimizer, and in the epochs.
+
+    Between two steps `state_dict` is all of it, and the rest of the training depends on nothing else: on a CPU it is
+    the same to the last bit in a loop that has loaded it.
+    """
+
+    def __init__(self, model: RISModel, training: Training, device: torch.device) -> None:
+        self.model, self.training, self.device = model, training, device
+        self.tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.Adam(self.tuned.values(), lr=training.lr)
+        self.dtype = reduced(training.precision, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.epoch = self.batch = 0
+        """Epochs that are over, and batches trained on in the one that follows."""
+        self.total, self.seen = 0.0, 0
+        """Of that epoch: the sum of the losses of its samples, and their number."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, which are not copied, and what JSON takes, by name."""
+        state = {f"tuned/{name}": tensor.detach() for name, tensor in self.model.tuned_tensors().items()}
+        for name, p in self.tuned.items():
+            state |= {f"optimizer/{name}/{key}": moment for key, moment in self.optimizer.state.get(p, {}).items()}
+        state |= {f"rng/{kind}": generator.get_state() for kind, generator in self._generators.items()}
+        state |= {key: getattr(self, key) for key in ("epoch", "batch", "total", "seen")}
+        return state | {"scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up a state, also one with more in it. Raises ValueError, and changes nothing, where it does not fit."""
+        tuned = self.model.tuned_tensors()
+        fit(tuned, under(state, "tuned"))
+        random = under(state, "rng")
+        fit({kind: generator.get_state() for kind, generator in self._generators.items()}, random)
+        moments: dict[str, dict[str, Tensor]] = {name: {} for name in self.tuned}
+        for path, moment in under(state, "optimizer").items():
+            name, _, key = path.rpartition("/")
+            if name not in moments or moment.shape != (() if key == "step" else self.tuned[name].shape):
+                raise ValueError(f"the optimizer has no {path} of shape {tuple(moment.shape)}")
+            moments[name][key] = moment
+        epoch, batch, total, seen, scaler = (state[key] for key in ("epoch", "batch", "total", "seen", "scaler"))
+        if scaler.keys() != self.scaler.state_dict().keys():
+            raise ValueError("its gradients were scaled otherwise")
+
+        with torch.no_grad():
+            for name, tensor in tuned.items():
+                tensor.copy_(state[f"tuned/{name}"])
+        for name, p in self.tuned.items():
+            # In the order in memory of what they belong to: a kernel may round otherwise where two orders meet.
+            self.optimizer.state[p] = {
+                key: moment.clone() if key == "step" else torch.empty_like(p).copy_(moment)
+                for key, moment in moments[name].items()
+            }
+        self.scaler.load_state_dict(scaler)
+        for kind, generator in self._generators.items():
+            generator.set_state(random[kind])
+        self.epoch, self.batch, self.total, self.seen = epoch, batch, total, seen
+
+    @property
+    def _generators(self) -> dict[str, torch.Generator]:
+        """Those that dropout draws from."""
+        generators = {"cpu": torch.default_generator}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
+        return generators
+
+
+def under(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What stands in a state under names that begin with "prefix/", by the rest of the name."""
+    return {name.removeprefix(f"{prefix}/"): item for name, item in state.items() if name.startswith(f"{prefix}/")}
+
+
+def fit(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Raises ValueError where the names, shapes or dtypes of tensors are not the same."""
+    layouts = ({name: (t.shape, t.dtype) for name, t in tensors.items()} for tensors in (own, given))
+    differing = sorted({name for name, _ in set.symmetric_difference(*(set(layout.items()) for layout in layouts))})
+    if differing:
+        raise ValueError(f"{len(differing)} tensors differ, the first is {differing[0]}")
+
+
+def train(loop: Loop, batches: ReferentBatches, on_step: Callable[[float], None]) -> Iterator[Epoch]:
+    """Go on from where the loop stands. Yield after every epoch, so that the caller can validate; `on_step(loss)` is
+    called after every step.
+
+    Until the caller goes on, the loop stands behind the last batch of the epoch that was yielded: what is loaded from
+    there yields that epoch again.
 
     Raises FloatingPointError as soon as a loss is not finite.
     """
-    tuned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(tuned, lr=training.lr)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, training.milestones, training.gamma)
-    dtype = reduced(training.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    for epoch in range(training.epochs):
+    model, training, device, dtype = loop.model, loop.training, loop.device, loop.dtype
+    while loop.epoch < training.epochs:
+        rate = learning_rate(training, loop.epoch)
+        for group in loop.optimizer.param_groups:
+            group["lr"] = rate
         model.train()
-        total, seen = 0.0, 0
-        for i, batch in enumerate(batches.epoch(epoch)):
+        for batch in batches.epoch(loop.epoch, loop.batch):
             size = len(batch.index_B)
             # BatchNorm in the head needs two samples in each part of a batch that is split.
             parts = min(training.accumulate, max(1, size // 2))
@@ -71,14 +156,15 @@ def train(
                     logits = model(known[row], tokens)
                 part = segmentation_loss(logits, mask, training.dice)
                 part = part * (len(row) / size)
-                scaler.scale(part).backward()
+                loop.scaler.scale(part).backward()
                 loss += part.item()
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at epoch {epoch + 1}, batch {i + 1} of {len(batches)}")
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            total, seen = total + loss * size, seen + size
-            on_step(epoch, i, loss)
-        yield Epoch(epoch=epoch + 1, loss=total / seen, lr=schedule.get_last_lr()[0])
-        schedule.step()
+                place = f"epoch {loop.epoch + 1}, batch {loop.batch + 1} of {len(batches)}"
+                raise FloatingPointError(f"the loss is {loss} at {place}")
+            loop.scaler.step(loop.optimizer)
+            loop.scaler.update()
+            loop.optimizer.zero_grad()
+            loop.total, loop.seen, loop.batch = loop.total + loss * size, loop.seen + size, loop.batch + 1
+            on_step(loss)
+        yield Epoch(epoch=loop.epoch + 1, loss=loop.total / loop.seen, lr=rate)
+        loop.epoch, loop.batch, loop.total, loop.seen = loop.epoch + 1, 0, 0.0, 0

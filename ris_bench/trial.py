@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import platform
 import resource
 import subprocess
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
-from ris_bench import cache, evaluation, plugins
+from ris_bench import cache, checkpoints, evaluation, plugins
 from ris_bench.backbones.weights import Weights
 from ris_bench.data.audit import separate
 from ris_bench.data.dataset import DATASETS
@@ -25,9 +29,11 @@ from ris_bench.data.samples import Sample, shuffled
 from ris_bench.data.transforms import Letterbox
 from ris_bench.features import FrozenFeatures, Room, frozen_features
 from ris_bench.model import RISModel, build
-from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial
-from ris_bench.training import reduced, train
+from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial, plain
+from ris_bench.training import Loop, fit, reduced, train, under
 
+CHECKPOINTS = "checkpoints"
+"""The folder of them in that of a trial."""
 SHUFFLED = "/shuffled"
 EVAL_BATCH_SIZE = 32
 """Expressions per forward pass of an evaluation; it changes no score."""
@@ -42,6 +48,8 @@ class Places(NamedTuple):
     weights: Path | None
     feature_bytes: int = 0
     """How much room frozen features may take in the cache folder."""
+    checkpoint_seconds: float = 0
+    """How much of a training may be lost if its process dies; 0 writes no checkpoints."""
 
 
 class Progress(NamedTuple):
@@ -67,6 +75,8 @@ def run_trial(trial: Trial, folder: Path, places: Places, report: Callable[[Prog
     """Train, select the checkpoint, evaluate; write expressions.parquet, tuned.safetensors, overlays/ and log.txt.
 
     Whatever goes wrong inside ends in a result with status "failed"; the traceback is in log.txt. `folder` exists.
+    Where it has checkpoints/, of an attempt that was cut off, the trial goes on from there and ends as if it had not
+    been: on a CPU to the last bit. They are left there. A KeyboardInterrupt that `report` raises saves one more.
     """
     run = _Run(trial, folder, places, report)
     try:
@@ -96,10 +106,18 @@ class _Run:
         self.cost: Cost | None = None
         self.history: list[Epoch] = []
         self.selected: Epoch | None = None
+        self.best: dict[str, Tensor] = {}
+        """The tuned tensors of the selected epoch."""
+        self.frames: dict[str, pd.DataFrame] = {}
+        """What they predict, by split; from the first validation on that of the split selected on."""
         self.scores: dict[str, Scores] = {}
         self.steps = 0
         self.clock = time.monotonic()
         self.train_seconds = self.eval_seconds = 0.0
+        self.peak_memory_bytes = 0
+        """Of earlier processes."""
+        self.saved = self.clock
+        self.loop: Loop | None = None
 
     def log(self, line: str) -> None:
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
@@ -136,32 +154,83 @@ class _Run:
         self.log(f"{batches.num_referents} referents, {self.steps} steps; {sizes}")
 
         torch.manual_seed(trial.seed)
+        self.loop = Loop(model, training, self.device)
+        if self.places.checkpoint_seconds:
+            self.checkpoints.restore(self.take_up, self.log)
+        self.saved = time.monotonic()
         self.lap()
-        best, best_frame = {}, pd.DataFrame()
-        for epoch in train(model, batches, training, self.device, self.on_step):
-            self.train_seconds += self.lap()
+        for epoch in train(self.loop, batches, self.on_step):
+            if epoch.epoch <= len(self.history):  # it was over before the checkpoint that training goes on from
+                continue
             line = epoch
-            if epoch.epoch % trial.eval.every == 0 or epoch.epoch == training.epochs:
+            if validated := epoch.epoch % trial.eval.every == 0 or epoch.epoch == training.epochs:
                 frame, scores = self.evaluate(model, trial.eval.select_on, validation)
                 line = Epoch(**{**vars(epoch), "oiou": scores.oiou, "miou": scores.miou})
                 if self.selected is None or self.metric(line) > self.metric(self.selected):
-                    self.selected, best_frame = line, frame
-                    best = {name: tensor.detach().clone() for name, tensor in model.tuned_tensors().items()}
+                    self.selected, self.frames = line, {trial.eval.select_on: frame}
+                    self.best = {name: tensor.detach().clone() for name, tensor in model.tuned_tensors().items()}
             self.history.append(line)
             self.log(str(line))
-        model.set_tuned(best, "the selected checkpoint")
+            if validated:
+                self.save()
+        model.set_tuned(self.best, "the selected checkpoint")
         model.save_tuned(self.folder / "tuned.safetensors")
 
-        frames = {}
         for split, expressions in samples.items():
-            if split == trial.eval.select_on:
-                frames[split], self.scores[split] = best_frame, evaluation.scores(best_frame)
-            else:
-                frames[split], self.scores[split] = self.evaluate(model, split, expressions)
+            if split not in self.frames:
+                self.frames[split], _ = self.evaluate(model, split, expressions)
+                self.save()
+            self.scores[split] = evaluation.scores(self.frames[split])
             self.log(f"{split}: {self.scores[split]}")
-        evaluation.write(frames, self.folder / "expressions.parquet")
+        evaluation.write({split: self.frames[split] for split in samples}, self.folder / "expressions.parquet")
         evaluation.overlays(model, validation, self.folder / "overlays", **self.settings)
         self.cost = self.measure(batches.num_referents * training.epochs)
+
+    @cached_property
+    def checkpoints(self) -> checkpoints.Checkpoints:
+        """Those of this trial, made by this code with the same weights on the same kind of device."""
+        return checkpoints.Checkpoints(
+            self.folder / CHECKPOINTS,
+            {
+                "trial": plain(self.trial),
+                "code": checkpoints.code(),
+                "versions": versions(),
+                "weights": self.weights.sha256,
+                "device": self.device.type,
+            },
+        )
+
+    def save(self) -> None:
+        """All that the rest of the trial depends on: nothing that is frozen and comes from a file is among it."""
+        if self.loop is None or not self.places.checkpoint_seconds:
+            return
+        self.saved = time.monotonic()
+        state = self.loop.state_dict()
+        state |= {f"best/{name}": tensor for name, tensor in self.best.items()}
+        state |= {f"frame/{split}": _packed(frame) for split, frame in self.frames.items()}
+        state |= {"history": list(map(vars, self.history)), "selected": self.selected and vars(self.selected)}
+        state |= {"train_seconds": self.train_seconds, "eval_seconds": self.eval_seconds}
+        state |= {"started": self.started.isoformat(), "peak_memory_bytes": self.peak()}
+        try:
+            self.checkpoints.save(state)
+        except OSError as error:
+            self.log(f"no checkpoint could be written, training goes on without ({error})")
+        self.lap()  # what was written is no part of the training
+
+    def take_up(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was saved. Raises an error, and changes nothing, where it does not fit."""
+        history = [Epoch(**line) for line in state["history"]]
+        selected = state["selected"] and Epoch(**state["selected"])
+        best, tuned = under(state, "best"), self.loop.model.tuned_tensors()
+        if selected:
+            fit(tuned, best)
+        frames = {split: _unpacked(packed) for split, packed in under(state, "frame").items()}
+        started = datetime.fromisoformat(state["started"])
+        seconds, peak = (state["train_seconds"], state["eval_seconds"]), state["peak_memory_bytes"]
+        self.loop.load_state_dict(state)
+        self.history, self.selected, self.frames, self.started = history, selected, frames, started
+        self.best = {name: torch.empty_like(tuned[name]).copy_(tensor) for name, tensor in best.items()}
+        (self.train_seconds, self.eval_seconds), self.peak_memory_bytes = seconds, peak
 
     def features(self, model: RISModel, samples: list[Sample]) -> FrozenFeatures | None:
         with evaluation.inference(model):
@@ -221,12 +290,14 @@ class _Run:
         before, self.clock = self.clock, time.monotonic()
         return self.clock - before
 
-    def on_step(self, epoch: int, batch: int, loss: float) -> None:
-        step = epoch * (self.steps // self.trial.train.epochs) + batch + 1
-        running = time.monotonic() - self.clock
-        elapsed = self.train_seconds + self.eval_seconds + running
-        rate = step * self.trial.train.batch_size / (self.train_seconds + running)
-        self.tell("train", epoch + 1, step, loss, rate, elapsed / step * (self.steps - step))
+    def on_step(self, loss: float) -> None:
+        self.train_seconds += self.lap()
+        step = self.loop.epoch * (self.steps // self.trial.train.epochs) + self.loop.batch
+        rate = step * self.trial.train.batch_size / self.train_seconds
+        elapsed = self.train_seconds + self.eval_seconds
+        self.tell("train", self.loop.epoch + 1, step, loss, rate, elapsed / step * (self.steps - step))
+        if time.monotonic() - self.saved >= self.places.checkpoint_seconds:
+            self.save()
 
     def tell(
         self,
@@ -240,31 +311,37 @@ class _Run:
         score = None if self.selected is None else self.metric(self.selected)
         done = len(self.history) + 1 if epoch is None else epoch
         epochs = self.trial.train.epochs
-        self.report(
-            Progress(
-                trial_id=self.trial.id,
-                phase=phase,
-                epoch=min(done, epochs),
-                epochs=epochs,
-                step=step,
-                steps=self.steps,
-                loss=loss,
-                images_per_second=rate,
-                eta_seconds=eta,
-                score=score,
-            )
+        progress = Progress(
+            trial_id=self.trial.id,
+            phase=phase,
+            epoch=min(done, epochs),
+            epochs=epochs,
+            step=step,
+            steps=self.steps,
+            loss=loss,
+            images_per_second=rate,
+            eta_seconds=eta,
+            score=score,
         )
+        try:
+            self.report(progress)
+        except KeyboardInterrupt:  # between two steps, or in an evaluation, which begins again
+            self.save()
+            raise
 
-    def measure(self, images: int) -> Cost:
-        on_gpu = self.device.type == "cuda"
+    def peak(self) -> int:
+        if self.device.type == "cuda":
+            return max(self.peak_memory_bytes, torch.cuda.max_memory_allocated())
         # Linux counts the resident peak in KiB, macOS in bytes.
         unit = 1 if platform.system() == "Darwin" else 1024
-        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return max(self.peak_memory_bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+    def measure(self, images: int) -> Cost:
         return Cost(
             train_seconds=self.train_seconds,
             eval_seconds=self.eval_seconds,
             train_images_per_second=images / self.train_seconds,
-            peak_memory_bytes=torch.cuda.max_memory_allocated() if on_gpu else resident,
+            peak_memory_bytes=self.peak(),
             tuned_bytes=(self.folder / "tuned.safetensors").stat().st_size,
             device=device_name(self.device),
         )
@@ -281,6 +358,15 @@ class _Run:
             cost=self.cost,
             provenance=provenance(self.started, self.weights.sha256, self.precision),
         )
+
+
+def _packed(frame: pd.DataFrame) -> Tensor:
+    """A table as bytes (N,), in a tensor: Parquet holds it without loss."""
+    return torch.from_numpy(np.frombuffer(frame.to_parquet(index=False), dtype=np.uint8).copy())
+
+
+def _unpacked(packed: Tensor) -> pd.DataFrame:
+    return pd.read_parquet(io.BytesIO(packed.numpy().tobytes()))
 
 
 def device_name(device: torch.device) -> str:
@@ -300,13 +386,18 @@ def provenance(started: datetime, weights: dict[str, str], precision: str) -> Pr
         return done.stdout.strip()
 
     tracked = git("ls-files", "--error-unmatch", "__init__.py") is not None
-    packages = ("torch", "open_clip_torch", "timm", "peft", "numpy", "ris-bench")
     return Provenance(
         commit=git("rev-parse", "HEAD") if tracked else None,
         dirty=bool(git("status", "--porcelain", "--", here)) if tracked else None,
-        versions={"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}},
+        versions=versions(),
         weights=weights,
         precision=precision,
         started=started.isoformat(timespec="seconds"),
         plugins=dict(plugins.LOADED),
     )
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    packages = ("torch", "open_clip_torch", "timm", "peft", "numpy", "ris-bench")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}

@@ -15,7 +15,7 @@ FLOORS = [
     ("methods",),
     ("head",),
     ("model", "plugins"),
-    ("training", "evaluation", "features", "pretrain", "official"),
+    ("checkpoints", "training", "evaluation", "features", "pretrain", "official"),
     ("trial", "layout", "plan", "experiment", "export"),
     ("report", "progress", "sweep", "params", "predict"),
     ("cli",),

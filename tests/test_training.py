@@ -10,7 +10,7 @@ from torch import nn
 from ris_bench.data.loading import Batch
 from ris_bench.head import coordinates_like
 from ris_bench.records import Training
-from ris_bench.training import reduced, segmentation_loss, train
+from ris_bench.training import Loop, learning_rate, reduced, segmentation_loss, train
 
 CPU = torch.device("cpu")
 
@@ -55,14 +55,28 @@ class Pixelwise(nn.Module):
 
 
 def run(model, batches, settings) -> list:
-    steps = []
-    epochs = list(train(model, batches, settings, CPU, lambda *step: steps.append(step)))
-    assert [(epoch, i) for epoch, i, _ in steps] == [(e, i) for e in range(len(epochs)) for i in range(len(batches))]
+    loop, steps = Loop(model, settings, CPU), []
+    epochs = list(train(loop, batches, lambda loss: steps.append((loop.epoch, loop.batch))))
+    assert steps == [(epoch, i + 1) for epoch in range(len(epochs)) for i in range(len(batches))]
     return epochs
 
 
 def test_rate_is_multiplied_after_each_milestone():
     assert [epoch.lr for epoch in run(Pixelwise(), Batches(), training())] == pytest.approx([0.1, 0.05, 0.025])
+
+
+@pytest.mark.parametrize("milestones", [(), (1, 2), (2, 2, 3), (0, 4), (7,)])
+def test_the_rate_is_that_of_torch_to_the_last_bit(milestones):
+    settings = training(lr=0.3, milestones=milestones, gamma=0.3)
+    optimizer = torch.optim.SGD(Pixelwise().parameters(), lr=settings.lr)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, settings.gamma)
+    for epoch in range(6):
+        if len(set(milestones)) == len(milestones):
+            assert learning_rate(settings, epoch) == schedule.get_last_lr()[0]
+        else:  # torch takes gamma to a power where milestones coincide
+            assert learning_rate(settings, epoch) == pytest.approx(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
 
 
 def test_it_learns():
