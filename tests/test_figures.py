@@ -112,6 +112,7 @@ def test_every_figure_is_drawn_or_what_it_lacks_is_said(tmp_path):
         # Rows in the order of the table, those without a result named in the caption alone.
         assert legend(each.figure)[:3] == ["Full Tuning", "Fix Backbone", "lora †"]
         assert "Without a result: bridger." in each.caption
+        assert each.figure.legends[0].get_title().get_text() == "† Some of the seeds have no result."
         assert "Means over seeds (0, 1)" in each.caption and "\n" not in each.caption
     scores = [axes.get_ylabel() for each in drawn[:3] for axes in each.figure.axes]
     assert scores == [

@@ -145,8 +145,8 @@ def make_panels(
     return figure, figure.subplots(rows, columns, squeeze=False, sharey=sharey)
 
 
-def legend_below(figure: Figure, pairs: Sequence[tuple[Line2D | Patch, str]]) -> None:
-    """A legend outside the panels, in as many columns as the width of the figure has room for."""
+def legend_below(figure: Figure, pairs: Sequence[tuple[Line2D | Patch, str]], notes: Sequence[str] = ()) -> None:
+    """A legend outside the panels, in as many columns as the figure has room for, under lines that explain marks."""
     inches = 0.065 * max(len(label) for _, label in pairs) + 0.5
     columns = min(len(pairs), max(1, int(figure.get_figwidth() / inches)))
     legend = figure.legend(
@@ -155,6 +155,9 @@ def legend_below(figure: Figure, pairs: Sequence[tuple[Line2D | Patch, str]]) ->
         loc="outside lower center",
         ncols=columns,
         columnspacing=1.2,
+        title="\n".join(notes) or None,
+        title_fontsize=6.5,
+        alignment="left",
     )
     # Only now, since a label that begins with "_" would be left out.
     for text, (_, label) in zip(legend.get_texts(), pairs, strict=True):
@@ -162,7 +165,7 @@ def legend_below(figure: Figure, pairs: Sequence[tuple[Line2D | Patch, str]]) ->
 
 
 def round_ticks() -> MaxNLocator:
-    return MaxNLocator(5, steps=[1, 2, 5, 10])
+    return MaxNLocator(6, steps=[1, 2, 5, 10], min_n_ticks=3)
 
 
 def log_axis(axes: Axes, numbers: Iterable[float]) -> None:

@@ -357,6 +357,9 @@ def learning(subject: Subject, name: str = "") -> Drawing:
     shown = []
     for (losses, scores), group in zip(panels, subject.groups, strict=True):
         evaluations = [run.trial.eval for row in group.rows for run in row.runs]
+        last = max(
+            (result.history[-1].epoch for row in group.rows for result in row.results if result.history), default=1
+        )
         for row in group.rows:
             epochs = [epoch for result in row.results for epoch in result.history]
             metric = row.runs[0].trial.eval.metric if row.runs else "miou"
@@ -373,7 +376,8 @@ def learning(subject: Subject, name: str = "") -> Drawing:
         for axes in (losses, scores):
             _title(axes, group.title, subject.header)
             axes.set_xlabel("Epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlim(0.8 - 0.03 * last, 1.03 * last + 0.2)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(round_ticks())
             _or_said(axes)
     _finish(figure, subject, shown, _lines)
@@ -539,7 +543,7 @@ def _or_said(axes: Axes, text: str = "no result yet") -> None:
     """An empty panel says so."""
     if not (axes.lines or axes.containers or axes.collections):
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.4")
-        axes.set(xticks=[], yticks=[])
+        axes.tick_params(left=False, labelleft=False)  # its ticks may be those of a whole row
 
 
 def _markers(row: Row) -> Line2D:
@@ -574,11 +578,8 @@ def _finish(
     for row in (row for row in subject.rows if row in shown or row in beside):
         entries[row.label] = (row, "".join(dict.fromkeys(entries.get(row.label, (row, ""))[1] + row.marks)))
     pairs = [(handle(row), f"{label} {marks}".rstrip()) for label, (row, marks) in entries.items()]
-    legend_below(figure, [*pairs, *extra])
     used = {mark for _, marks in entries.values() for mark in marks}
-    if used:
-        text = "   ".join(f"{mark} {meaning}" for mark, meaning in MARKS.items() if mark in used)
-        figure.supxlabel(text, fontsize=6.5, x=0.01, horizontalalignment="left")
+    legend_below(figure, [*pairs, *extra], [f"{mark} {meaning}" for mark, meaning in MARKS.items() if mark in used])
 
 
 def _caption(what: str, subject: Subject, shown: Sequence[Row], *, spread: str) -> str:
