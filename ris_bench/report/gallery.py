@@ -9,20 +9,18 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from ris_bench import metrics
 from ris_bench.errors import UserError
+from ris_bench.plan import Experiment, Run
 from ris_bench.protocols import RIS_BENCH
 from ris_bench.records import Result
 from ris_bench.report import breakdowns
 from ris_bench.results import Store
-
-if TYPE_CHECKING:  # it imports torch, with the methods that it names
-    from ris_bench.experiment import Experiment, Run
 
 LIMIT = 200
 """Pictures of a gallery."""

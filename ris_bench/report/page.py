@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,10 @@ from ris_bench.layout import COSTS, COUNTS, METRICS
 from ris_bench.records import Result, plain
 from ris_bench.report import tables
 from ris_bench.report.gallery import KINDS, LIMIT, gallery
-from ris_bench.results import Store
+from ris_bench.results import Store, write_whole
 
-if TYPE_CHECKING:  # experiments import torch, figures matplotlib
-    from ris_bench.experiment import Experiment
+if TYPE_CHECKING:  # the last imports matplotlib
+    from ris_bench.plan import Experiment
     from ris_bench.report.comparison import Comparisons
     from ris_bench.report.drawing import Drawing
 
@@ -142,17 +141,10 @@ def write(
         gallery_notes=gallery_notes,
         failures=[*failed, *(("left out", reason) for reason in skipped)],
         experiment_file=experiment.path.name,
-        experiment_yaml=_read_text(experiment.path),
+        experiment_yaml=experiment.source,
         trials=[_provenance(result) for result in known],
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Half of a surrogate pair, which JSON can hold, is no text.
-        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text)
 
 
 @cache
@@ -170,13 +162,6 @@ def _policy(css: str, js: str) -> str:
         f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; script-src 'sha256-{script}'; "
         "base-uri 'none'; form-action 'none'"
     )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
 
 
 def _summary(wanted: Sequence, known: Sequence[Result]) -> Iterator[str]:
@@ -211,6 +196,7 @@ def _results_table(experiment: Experiment, results: Mapping[str, Result]) -> _Ta
                 "" if cell.spread is None else leaf.format(cell.spread),
                 cell.marks,
                 best=cell.best,
+                second=cell.second,
             )
             for leaf, cell in zip(body.leaves, cells, strict=True)
         ]
