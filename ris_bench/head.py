@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ris_bench.backbones.base import Backbone, Features
 from ris_bench.errors import UserError
 from ris_bench.registry import Registry
+from ris_bench.speed import TwoWays, doubled_convolution
 
 HEADS = Registry("head", "ris_bench.head")
 
@@ -29,7 +30,7 @@ def upsampling_conv(in_channels: int, out_channels: int, stride: int) -> nn.Sequ
     return nn.Sequential(layer, nn.BatchNorm2d(out_channels), nn.ReLU())
 
 
-class HierarchicalAlignment(nn.Module):
+class HierarchicalAlignment(TwoWays):
     """Maps of all stages -> one map (B, width, H, W) on the middle stage's grid, each multiplied by the sentence.
 
     If not `aligned`, the sentence has no part in it. `residual` adds what enters the convolutions with coordinates to
@@ -59,7 +60,12 @@ class HierarchicalAlignment(nn.Module):
         if self.attention is not None:
             key_BC = self.sentence(sentence_BE)
             for i, attention in enumerate(self.attention):
-                grids[i] = grids[i] * attend_to_one(attention, key_BC)[:, :, None, None]
+                if self.fast:
+                    grids[i] = grids[i] * attend_to_one(attention, key_BC)[:, :, None, None]
+                else:
+                    cells_BNC = grids[i].flatten(2).mT
+                    seen_BNC = attention(cells_BNC, key_BC[:, None], key_BC[:, None])[0]
+                    grids[i] = (cells_BNC * seen_BNC).mT.unflatten(2, grids[i].shape[-2:])
         x_BCHW = self.aggregate(torch.cat(grids, dim=1))
         out_BCHW = self.coordinates(torch.cat([x_BCHW, coordinates_like(x_BCHW)], dim=1))
         return out_BCHW + x_BCHW if self.residual else out_BCHW
@@ -140,7 +146,7 @@ def cell_positions(channels: int, height: int, width: int) -> Tensor:
     return torch.cat([column, row], dim=2).flatten(0, 1)
 
 
-class Projector(nn.Module):
+class Projector(TwoWays):
     """Map (B, C, H, W) -> logits (B, 1, 4H, 4W): a 3x3 convolution whose kernel the sentence writes."""
 
     def __init__(self, width: int, sentence_width: int) -> None:
@@ -156,12 +162,21 @@ class Projector(nn.Module):
         self.kernel = nn.Linear(sentence_width, half * 9 + 1)
 
     def forward(self, x_BCHW: Tensor, sentence_BE: Tensor) -> Tensor:
-        x_BCHW = self.refine(x_BCHW)
         kernel = self.kernel(sentence_BE)
-        weight_BC9 = kernel[:, :-1].unflatten(1, (-1, 9))
-        # A grouped convolution, one group per expression, takes five times as long as this product and shift-add.
-        taps_B9N = weight_BC9.flip(2).mT @ x_BCHW.flatten(2)
-        return F.fold(taps_B9N, x_BCHW.shape[-2:], 3, padding=1) + kernel[:, -1, None, None, None]
+        weight_BC9, bias_B1 = kernel[:, :-1].unflatten(1, (-1, 9)), kernel[:, -1:]
+        if not self.fast:
+            x_BCHW = self.refine(x_BCHW)
+            groups = x_BCHW.flatten(0, 1)[None]
+            weight = weight_BC9.unflatten(2, (3, 3))
+            return F.conv2d(groups, weight, bias_B1[:, 0], padding=1, groups=len(x_BCHW))[0][:, None]
+        _, first, _, second, mix = self.refine
+        for layer, norm, activation in (first, second):
+            x_BCHW = activation(norm(doubled_convolution(x_BCHW, layer.weight)))
+        # The 1x1 convolution goes into the kernels; and a grouped convolution, one group per expression, takes five
+        # times as long as a product and a shift-add.
+        taps_B9C = weight_BC9.flip(2).mT
+        taps_B9N = taps_B9C @ mix.weight.flatten(1) @ x_BCHW.flatten(2) + (taps_B9C @ mix.bias)[:, :, None]
+        return F.fold(taps_B9N, x_BCHW.shape[-2:], 3, padding=1) + bias_B1[:, :, None, None]
 
 
 @HEADS("etris")

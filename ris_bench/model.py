@@ -17,9 +17,10 @@ from ris_bench.errors import UserError
 from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS, Method
 from ris_bench.records import Params, Trial
+from ris_bench.speed import TwoWays
 
 
-class RISModel(nn.Module):
+class RISModel(TwoWays):
     """Images (B, 3, H, W), normalised, and tokens (B, L), int64 -> logits (B, 1, h, w)."""
 
     def __init__(self, backbone: Backbone, method: Method, head: nn.Module) -> None:
@@ -31,8 +32,8 @@ class RISModel(nn.Module):
         return self.head(self.method(self.backbone, image, tokens_BL))
 
     def known(self, image: Tensor | Known) -> Tensor | Known:
-        """As `ImageTower.known`."""
-        return self.backbone.image.known(image)
+        """As `ImageTower.known`; for `plain` models the images themselves."""
+        return self.backbone.image.known(image) if self.fast else image
 
     def moving_statistics(self, *parts: nn.Module) -> dict[str, Tensor]:
         """Running means and variances that training moves, by name; of the whole model if no part is named."""

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "ris_bench"
 FLOORS = [
     ("errors", "cache", "records", "registry", "located", "results"),
     ("data", "metrics", "protocols", "predictions", "resampling", "scoring"),
-    ("backbones",),
+    ("speed", "backbones"),
     ("methods",),
     ("head",),
     ("model", "plugins"),

@@ -1,0 +1,106 @@
+"""The fast way computes what the plain way does."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import inputs, tiny_model
+from torch.nn import functional as F
+
+from ris_bench import speed
+from ris_bench.backbones.base import BACKBONES
+from ris_bench.head import HEADS
+from ris_bench.speed import doubled_convolution
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (5, 2), (7, 6)])
+def test_a_convolution_of_a_doubled_map(height, width):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, height, width, dtype=torch.float64, generator=generator, requires_grad=True)
+    weight = torch.randn(4, 3, 3, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="bilinear"), weight, padding=1)
+    fast = doubled_convolution(x, weight)
+    torch.testing.assert_close(fast, plain)
+    seen = torch.randn(plain.shape, dtype=torch.float64, generator=generator)
+    for mine, theirs in zip(*(torch.autograd.grad((y * seen).sum(), (x, weight)) for y in (fast, plain)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def outcome(model, way: speed.Speed) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and all gradients in one vector."""
+    images, tokens = inputs(model)
+    speed.choose(model, way)
+    model.zero_grad()
+    torch.manual_seed(0)
+    to = next(model.head.parameters()).dtype
+    logits = model(model.known(images.to(to)), tokens)
+    seen = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+    (logits * seen.to(to)).mean().backward()
+    return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_fast_and_plain_agree(model):
+    """In evaluation mode: against float64 the fast way errs at most 1.5 times as much as the plain way, or by what
+    are a tiny model's last bits; and no pixel flips."""
+    model.eval()
+    exact = copy.deepcopy(model).double()
+    expected, expected_gradients = outcome(exact, "plain")
+    (fast, fast_gradients), (plain, plain_gradients) = (outcome(model, way) for way in ("fast", "plain"))
+    deviation = expected.std()
+    errors = [(logits.double() - expected).abs().max() / deviation for logits in (fast, plain)]
+    assert errors[0] <= max(1.5 * errors[1], 5e-5)
+    wrong = [
+        (g.double() - expected_gradients).norm() / expected_gradients.norm() for g in (fast_gradients, plain_gradients)
+    ]
+    assert wrong[0] <= max(1.5 * wrong[1], 1e-5)
+    assert torch.equal(fast > 0, plain > 0)
+
+
+def test_what_an_evaluation_keeps_serves_in_training():
+    x = torch.randn(1, 2, 11, 13, dtype=torch.float64)
+    weight = torch.randn(3, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    with torch.inference_mode():
+        doubled_convolution(x, weight)
+    doubled_convolution(x, weight).sum().backward()
+
+
+@pytest.mark.parametrize("head", ["etris", "etris-without-ha", "detris"])
+def test_every_head_agrees_in_training_mode_too(head):
+    model = tiny_model("tiny-clip-rn", "frozen").double().train()
+    torch.manual_seed(0)
+    model.head = HEADS[head](model.backbone, width=16, layers=2, heads=2, ffn=16, dropout=0.0).double()
+    (fast, fast_gradients), (plain, plain_gradients) = (outcome(model, way) for way in ("fast", "plain"))
+    torch.testing.assert_close(fast, plain)
+    torch.testing.assert_close(fast_gradients, plain_gradients, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("backbone", ["clip-r101", "clip-vit-b16", "dinov2-b"])
+def test_the_full_size_head_agrees(backbone):
+    """On random maps of a full-size tower, which itself computes in one way only."""
+    with torch.device("meta"):
+        towers = BACKBONES[backbone](None)
+    torch.manual_seed(0)
+    head = HEADS["etris"](towers, dropout=0.0).eval()
+    side = towers.image_size // towers.image.strides[1]
+    maps = tuple(
+        torch.randn(1, channels, side * towers.image.strides[1] // stride, side * towers.image.strides[1] // stride)
+        for channels, stride in zip(towers.image.out_channels, towers.image.strides, strict=True)
+    )
+    words, sentence = torch.randn(1, 17, towers.word_width), torch.randn(1, towers.sentence_width)
+    pad = torch.zeros(1, 17, dtype=torch.bool)
+    from ris_bench.backbones.base import Features
+
+    logits = {}
+    with torch.inference_mode():
+        for way in ("fast", "plain"):
+            speed.choose(head, way)
+            logits[way] = head(Features(maps, words, sentence, pad))
+        exact = copy.deepcopy(head).double()
+        doubles = Features(tuple(m.double() for m in maps), words.double(), sentence.double(), pad)
+        expected = exact(doubles)
+    errors = {way: (found.double() - expected).abs().max() / expected.std() for way, found in logits.items()}
+    assert errors["fast"] <= max(1.5 * errors["plain"], 1e-6) and errors["fast"] <= 5e-4
+    assert ((logits["fast"] > 0) != (logits["plain"] > 0)).float().mean() <= 1e-5
