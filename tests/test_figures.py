@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ris_bench import predictions, protocols, scoring
+from ris_bench import cli, predictions, protocols, scoring
+from ris_bench.data.dataset import DATASETS
 from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
 from ris_bench.experiment import Experiment, load
@@ -367,3 +369,47 @@ def test_files_of_predictions_have_labels(tmp_path):
     assert found == {"w/o Bridger": Path("x.parquet"), "a=b": tmp_path / "a=b.json", "y": Path("y.json")}
     with pytest.raises(UserError, match="two files of predictions are called 'a'"):
         sheets.read(["a=x.json", "a=y.json"])
+
+
+def own(tmp_path: Path) -> Path:
+    """A folder with two expressions of one's own, and a file of masks and one of maps that are predicted for them."""
+    Image.new("RGB", (SIDE, SIDE), "grey").save(tmp_path / "x.png")
+    left = [[0, 0, 4, 0, 4, SIDE, 0, SIDE]]
+    content = {
+        "images": [{"id": i, "file_name": "x.png", "height": SIDE, "width": SIDE} for i in (1, 2)],
+        "annotations": [{"id": i, "image_id": i, "category_id": 1, "segmentation": left} for i in (1, 2)],
+        "categories": [{"id": 1, "name": "half"}],
+        "expressions": [
+            {"id": i, "image_id": i, "annotation_ids": [i], "split": "val", "sentences": [f"the left $half_{i}$"]}
+            for i in (1, 2)
+        ],
+    }
+    (tmp_path / "own.json").write_text(json.dumps(content))
+    options = {"own": {"file": "own.json"}}
+    expected = DATASETS.build(DATASETS.resolve("own", options["own"])).read(tmp_path, "val")
+    masks = [Prediction.of(sample, mask_HW=RIGHT) for sample in expected]
+    predictions.write(tmp_path / "masks.json", masks, dataset_options=options)
+    maps = Maps(values="logit", geometry="letterbox", size=SIDE)
+    found = [Prediction.of(sample, map_hw=np.where(LEFT, 5.0, -5.0)) for sample in expected]
+    predictions.write(tmp_path / "maps.parquet", found, maps=maps, dataset_options=options)
+    return tmp_path
+
+
+def test_the_verb(tmp_path, capsys):
+    folder = own(tmp_path)
+    files = [str(folder / "masks.json"), f"Maps={folder / 'maps.parquet'}"]
+    arguments = ["--data", str(folder), "--out", str(folder / "out"), "--disagreement"]
+    assert cli.main(["sheet", *files, *arguments]) == 0
+    out = capsys.readouterr().out
+    names = ["sheet-own-val.svg", "sheet-own-val.png", "threshold-own-val.svg", "threshold-own-val.png"]
+    assert [line for line in out.splitlines() if line.startswith(str(folder))] == [
+        str(folder / "out" / n) for n in names
+    ]
+    assert "those on which they differ most" in out and "Left out, being masks: masks." in out
+    svg = (folder / "out" / "sheet-own-val.svg").read_text(encoding="utf-8")
+    assert "the left $half_1$" in svg and svg.count("IoU 0.000") == svg.count("IoU 1.000") == 2
+    assert cli.main(["sheet", files[0], "--data", str(folder), "--out", str(folder / "out"), "--rows", "1"]) == 0
+    assert "no figure threshold-own-val: the predictions are masks" in capsys.readouterr().err
+    for bad in (["--threshold", "1"], ["--seed", "-1"], ["--disagreement"]):
+        assert cli.main(["sheet", files[0], "--data", str(folder), *bad]) == 2
+        assert capsys.readouterr().err.startswith("error: ")

@@ -19,10 +19,11 @@ from ris_bench.cli import (
     predict,
     run,
     score,
+    sheet,
 )
 from ris_bench.errors import UserError
 
-VERBS = (run, params, import_official, export, compare, data, predict, evaluate, breakdown, score)
+VERBS = (run, params, import_official, export, compare, data, predict, evaluate, breakdown, score, sheet)
 """In the order in which --help lists them."""
 
 
