@@ -10,6 +10,7 @@ import torch
 from ris_bench import sweep
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.backbones.weights import Weights
+from ris_bench.data import index
 from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS
 from ris_bench.model import RISModel, build
@@ -87,6 +88,15 @@ def trained(store: Store, backbone: str, method: str, options: dict | None = Non
     provenance = replace(failed.provenance, weights=weights.sha256)
     result = replace(failed, status="done", error=None, provenance=provenance)
     return model.eval(), store.finish(folder, result)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _indices(tmp_path_factory):
+    """Those of the replicas are of no use to anyone later."""
+    folder = tmp_path_factory.mktemp("indices")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from ris_bench.data import index
 from ris_bench.data.samples import Sample
 from ris_bench.data.untrusted import missing_files, shown
 from ris_bench.errors import UserError
@@ -100,8 +101,36 @@ class Source(Dataset):
         """Whether `data` holds anything of it."""
 
     @abstractmethod
+    def files(self, data: Path) -> list[Path]:
+        """What `parse` reads, once `locate` has found it."""
+
+    @abstractmethod
+    def image_folder(self, data: Path) -> Path:
+        """All images lie in it or below."""
+
+    @abstractmethod
+    def parse(self, data: Path) -> dict[str, Part]:
+        """Every split that the files hold; the samples depend on these files and on the dataset's name alone.
+
+        UserError where a file is damaged.
+        """
+
     def scan(self, data: Path, split: str | None = None) -> dict[str, Part]:
         """Every split that the files hold, or only the one named. UserError where a file is missing or damaged."""
+        self.locate(data)
+        folder, key = self.image_folder(data), self._key(data)
+        with index.uncollected():
+            splits = index.load(self.name, key, folder, split)
+            if splits is None:
+                parts = self.parse(data)
+                # Messages name paths, and files that have changed meanwhile would pass for those that were hashed.
+                if any(part.problems for part in parts.values()) or self._key(data) != key:
+                    return {name: part for name, part in parts.items() if split in (None, name)}
+                splits = index.save(self.name, key, folder, {name: part.samples for name, part in parts.items()})
+        return {name: Part(folder, samples) for name, samples in splits.items() if split in (None, name)}
+
+    def _key(self, data: Path) -> str:
+        return index.key(self.name, type(self), self.files(data))
 
     def read(self, data: Path, split: str) -> list[Sample]:
         """Every expression of a split, ordered by (ref_id, sentence_index); raises as `Dataset.read` says."""

@@ -98,11 +98,21 @@ class Own(Source):
                 "given with --data DIR"
             )
 
+    def files(self, data: Path) -> list[Path]:
+        return [Path(data) / self.file]
+
+    def image_folder(self, data: Path) -> Path:
+        return Path(data) / self.images
+
     def scan(self, data: Path, split: str | None = None) -> dict[str, Part]:
         self.locate(data)
-        path = Path(data) / self.file
+        (path,) = self.files(data)
         if self.sha256 is not None and (found := hashlib.sha256(path.read_bytes()).hexdigest()) != self.sha256:
             raise UserError(f"{path} has the sha256 {found}, and the option 'sha256' of {self.name} another")
+        return super().scan(data, split)
+
+    def parse(self, data: Path) -> dict[str, Part]:
+        (path,) = self.files(data)
         document = read_json(path, "correct it")
         if not isinstance(document, Mapping):
             raise UserError(f"{path} holds {reprlib.repr(document)}, which is no mapping; {SCHEMA}")
@@ -129,7 +139,7 @@ class Own(Source):
             "annotations": [vars(annotation) for annotation in lists["annotations"]],
             "categories": [{"id": None, "name": ""}, *(vars(category) for category in lists["categories"])],
         }
-        return join(self.name, refs, instances, split, Path(data) / self.images, f"{path}; correct its ids")
+        return join(self.name, refs, instances, self.image_folder(data), f"{path}; correct its ids")
 
 
 @DATASETS("own")

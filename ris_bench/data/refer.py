@@ -60,23 +60,27 @@ class ReferDataset(Source):
                 "github.com/lichengunc/refer, kept by web.archive.org)"
             )
 
-    def scan(self, data: Path, split: str | None = None) -> dict[str, Part]:
-        self.locate(data)
-        refs_path = next(path for path in self._refs(data) if path.is_file())
+    def files(self, data: Path) -> list[Path]:
+        return [next(path for path in self._refs(data) if path.is_file()), self._instances(data)]
+
+    def image_folder(self, data: Path) -> Path:
+        return _image_folder(data)
+
+    def parse(self, data: Path) -> dict[str, Part]:
+        refs_path, instances_path = self.files(data)
         refs = read_pickle(refs_path) if refs_path.suffix == ".p" else read_json(refs_path)
-        instances = read_json(self._instances(data))
+        instances = read_json(instances_path)
         try:
             return join(
                 self.name,
                 refs,
                 instances,
-                split,
-                _image_folder(data),
+                self.image_folder(data),
                 f"{self.folder}/instances.json; take both files from one archive",
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(
-                f"{refs_path} or {self._instances(data)} is not in the REFER layout ({type(error).__name__}: {error}); "
+                f"{refs_path} or {instances_path} is not in the REFER layout ({type(error).__name__}: {error}); "
                 "replace both with the originals"
             ) from error
 
@@ -87,14 +91,13 @@ class ReferDataset(Source):
         return [Path(data) / self.folder / f"{self.stem}({self.partition}).{suffix}" for suffix in ("p", "json")]
 
 
-def join(name: str, refs: Any, instances: Any, split: str | None, image_folder: Path, where: str) -> dict[str, Part]:
-    """The splits of a dataset, or only the one named, from its parsed files.
+def join(name: str, refs: Any, instances: Any, image_folder: Path, where: str) -> dict[str, Part]:
+    """The splits of a dataset from its parsed files.
 
     `where` ends the message about a referent that points to nothing: the file that lacks it, and what to do. Whatever
     KeyError, TypeError, ... comes out of another layout is the caller's to explain.
     """
-    # Equality: `test` must not find testA.
-    refs = sorted((ref for ref in refs if split in (None, ref["split"])), key=lambda ref: ref["ref_id"])
+    refs = sorted(refs, key=lambda ref: ref["ref_id"])
     images = {image["id"]: image for image in instances["images"]}
     annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
     categories = {category["id"]: category["name"] for category in instances["categories"]}
