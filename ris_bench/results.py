@@ -8,11 +8,15 @@ import secrets
 import shutil
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ris_bench.errors import UserError
 from ris_bench.records import Result, Trial
+
+CHECKPOINTS = "checkpoints"
+"""In the folder of an attempt: what the next attempt goes on from."""
 
 
 @dataclass(frozen=True)
@@ -84,15 +88,21 @@ class Store:
         raise UserError(f"{begins}: {some}; write more of it" if found else f"{begins}; look into its folder 'trials'")
 
     def begin(self, trial: Trial) -> Path:
-        """A new, empty folder for an attempt at a trial; what earlier attempts left is removed.
+        """A new folder for an attempt at a trial, with the checkpoints of those before, and nothing else, in it.
 
         Each attempt has a folder of its own, so that a worker that was given up but still lives (its node lost the
-        network) cannot write into its successor's.
+        network) cannot write into its successor's: its own is removed, and it fails.
         """
-        for stale in self.attempts(trial):
-            shutil.rmtree(stale, ignore_errors=True)
+        earlier = self.attempts(trial)
         folder = self.root / "trials" / f".{trial.id}.{secrets.token_hex(4)}.partial"
         folder.mkdir(parents=True)
+        for attempt in (*earlier, self.folder(trial)):  # a trial that failed is tried again from where it was
+            with suppress(FileNotFoundError):  # there are none, or another process is faster
+                for checkpoint in (attempt / CHECKPOINTS).iterdir():
+                    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+                    checkpoint.rename(folder / CHECKPOINTS / checkpoint.name)
+        for attempt in earlier:
+            shutil.rmtree(attempt, ignore_errors=True)
         return folder
 
     def attempts(self, trial: Trial) -> list[Path]:
@@ -102,7 +112,7 @@ class Store:
     def finish(self, folder: Path, result: Result) -> Result:
         """Make the folder of an attempt the folder of its trial, with the result in it; return the result that counts.
 
-        A result that is done stays as it is; a failed one is replaced.
+        A result that is done stays as it is, without checkpoints; a failed one is replaced.
         """
         (folder / "result.json").write_text(result.to_json(), encoding="utf-8")
         _flush(path for path in folder.rglob("*") if path.is_file())
@@ -116,6 +126,8 @@ class Store:
                 return known
             shutil.rmtree(final)
             folder.rename(final)
+        if result.status == "done":
+            shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
         return result
 
     def check_writable(self) -> None:

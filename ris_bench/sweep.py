@@ -206,14 +206,43 @@ def run(
 
 @contextmanager
 def in_process() -> Iterator[Execute]:
-    """One trial after another in this process; needs no Ray."""
+    """One trial after another in this process; needs no Ray. Who stops it lets the step that is running end."""
 
     def execute(trials: list[Trial], job: Job, watcher: Watcher) -> None:
-        for trial in trials:
-            watcher.started(trial)
-            watcher.finished(job(trial, watcher.progress))
+        with _asked_to_stop() as asked:
+
+            def report(progress: Progress) -> None:
+                watcher.progress(progress)
+                if asked():
+                    raise KeyboardInterrupt
+
+            for trial in trials:
+                if asked():
+                    raise KeyboardInterrupt
+                watcher.started(trial)
+                watcher.finished(job(trial, report))
 
     yield execute
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether somebody has pressed Ctrl-C, or sent SIGTERM; a second time it is a KeyboardInterrupt, wherever."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        os.write(2, b"\nstops after the step that is running; once more stops at once\n")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 RAY_SETTINGS = {

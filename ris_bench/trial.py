@@ -30,10 +30,9 @@ from ris_bench.data.transforms import Letterbox
 from ris_bench.features import FrozenFeatures, Room, frozen_features
 from ris_bench.model import RISModel, build
 from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial, plain
+from ris_bench.results import CHECKPOINTS
 from ris_bench.training import Loop, fit, reduced, train, under
 
-CHECKPOINTS = "checkpoints"
-"""The folder of them in that of a trial."""
 SHUFFLED = "/shuffled"
 EVAL_BATCH_SIZE = 32
 """Expressions per forward pass of an evaluation; it changes no score."""

@@ -19,7 +19,8 @@ from ris_bench.results import Store
 
 RUN = """\
 Runs every trial of an experiment that has no result yet and prints the table. Results are kept by trial and shared by
-experiments; the same command goes on where an earlier one stopped, and runs trials that failed again.
+experiments; the same command goes on where an earlier one stopped, also inside a trial, and runs trials that failed
+again. With --executor local, Ctrl-C lets the step that is running end and saves where the trial stands.
 
 exit code:  0 all well   1 a trial failed   2 bad input, nothing was run   130 stopped
 
@@ -63,6 +64,14 @@ def add(verbs: Any) -> None:
         metavar="GB",
         help="room on disk for what untouched stages make of the training images, shared by trials; 0 works it out in "
         "every epoch (default: %(default)s)",
+    )
+    run.add_argument(
+        "--checkpoint-minutes",
+        type=_amount,
+        default=5,
+        metavar="M",
+        help="how much of a trial's training may be lost if it is cut off; 0 writes no checkpoints, and it starts anew "
+        "(default: %(default)s)",
     )
     run.add_argument(
         "--executor",
@@ -117,6 +126,7 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         data=args.data.absolute(),
         weights=args.weights and args.weights.absolute(),
         feature_bytes=int(args.feature_cache * 1e9),
+        checkpoint_seconds=60 * args.checkpoint_minutes,
     )
     executor = sweep.in_process() if args.executor == "local" else sweep.through_ray(**ray_options)
     job = sweep.Job(run_trial, store, places, experiment.plugins)
@@ -164,7 +174,7 @@ def _share(text: str) -> float:
     return number
 
 
-def _gigabytes(text: str) -> float:
+def _amount(text: str) -> float:
     if not 0 <= (number := float(text)) < 1e6:
-        raise argparse.ArgumentTypeError(f"{text} is not a size of 0 or more")
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to a million")
     return number
