@@ -413,3 +413,16 @@ def test_the_verb(tmp_path, capsys):
     for bad in (["--threshold", "1"], ["--seed", "-1"], ["--disagreement"]):
         assert cli.main(["sheet", files[0], "--data", str(folder), *bad]) == 2
         assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_group_without_results_has_no_panel(tmp_path):
+    text = TEXT.replace("  method: [full", "  backbone: [clip-r50, clip-r101]\n  method: [full").replace(
+        "rows: method", "rows: [backbone, method]"
+    )
+    experiment = read(tmp_path, text)
+    results = {key: one for key, one in known(experiment).items() if one.trial.backbone.name == "clip-r50"}
+    (subject,) = figures.subjects(experiment, results)
+    drawn = figures.parameters(subject, "miou")
+    titles = [axes.get_title(loc="left") for axes in drawn.figure.axes]
+    assert titles == ["clip-r50, RefCOCO, val", "clip-r50, RefCOCO, testA"]
+    assert drawn.caption.endswith("Without a result: all of clip-r101; clip-r50, bridger.")

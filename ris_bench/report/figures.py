@@ -10,7 +10,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from ris_bench.errors import UserError
 from ris_bench.layout import METRICS
+from ris_bench.plan import Experiment, Run
 from ris_bench.protocols import RIS_BENCH
 from ris_bench.records import Result, Trial, tuples
 from ris_bench.report import breakdowns, published
@@ -42,9 +43,6 @@ from ris_bench.report.drawing import (
 )
 from ris_bench.report.tables import MARKS, caveats
 from ris_bench.results import Store
-
-if TYPE_CHECKING:  # it imports torch, with the methods that it names
-    from ris_bench.experiment import Experiment, Run
 
 NO_RESULT = "no trial of it has a result"
 MOST_CATEGORIES = 12
@@ -93,6 +91,11 @@ class Subject:
     def rows(self) -> Iterator[Row]:
         for group in self.groups:
             yield from group.rows
+
+    @property
+    def panels(self) -> tuple[Group, ...]:
+        """The groups that have a result; all where none has."""
+        return tuple(group for group in self.groups if any(row.results for row in group.rows)) or self.groups
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -262,9 +265,9 @@ def parameters(subject: Subject, metric: str, name: str = "", *, cited: Sequence
     def count(result: Result) -> float | None:
         return result.params and result.params.tunable_backbone
 
-    figure, panels = make_panels(len(subject.groups), len(splits), sharey="row")
+    figure, panels = make_panels(len(subject.panels), len(splits), sharey="row")
     shown, counts, hollow = [], [], {}
-    for axes_row, group in zip(panels, subject.groups, strict=True):
+    for axes_row, group in zip(panels, subject.panels, strict=True):
         for axes, split in zip(axes_row, splits, strict=True):
             for one in cited:
                 row = one.row(group.rows)
@@ -305,9 +308,9 @@ def cost(subject: Subject, metric: str, name: str = "") -> Drawing:
         f"Training time ({unit})": lambda result: result.cost and result.cost.train_seconds / seconds,
         "Peak memory of training (GiB)": lambda result: result.cost and result.cost.peak_memory_bytes / 2**30,
     }
-    figure, panels = make_panels(len(subject.groups), len(measures), sharey="row")
+    figure, panels = make_panels(len(subject.panels), len(measures), sharey="row")
     shown = []
-    for axes_row, group in zip(panels, subject.groups, strict=True):
+    for axes_row, group in zip(panels, subject.panels, strict=True):
         for axes, (label, measure) in zip(axes_row, measures.items(), strict=True):
             shown += _scatter(axes, group.rows, measure, partial(_score, metric=metric, split=split))
             _title(axes, group.title, subject.header, split)
@@ -329,9 +332,9 @@ def cost(subject: Subject, metric: str, name: str = "") -> Drawing:
 def precision(subject: Subject, name: str = "") -> Drawing:
     """Pr@K against K."""
     splits = subject.splits
-    figure, panels = make_panels(len(subject.groups), len(splits), sharey="row")
+    figure, panels = make_panels(len(subject.panels), len(splits), sharey="row")
     shown = []
-    for axes_row, group in zip(panels, subject.groups, strict=True):
+    for axes_row, group in zip(panels, subject.panels, strict=True):
         for axes, split in zip(axes_row, splits, strict=True):
             for row in group.rows:
                 scores = [result.scores[split].precision_at for result in row.results if split in result.scores]
@@ -353,9 +356,9 @@ def precision(subject: Subject, name: str = "") -> Drawing:
 @styled()
 def learning(subject: Subject, name: str = "") -> Drawing:
     """The training loss and the validation score by epoch."""
-    figure, panels = make_panels(len(subject.groups), 2, width=3.0)
+    figure, panels = make_panels(len(subject.panels), 2, width=3.0)
     shown = []
-    for (losses, scores), group in zip(panels, subject.groups, strict=True):
+    for (losses, scores), group in zip(panels, subject.panels, strict=True):
         evaluations = [run.trial.eval for row in group.rows for run in row.runs]
         last = max(
             (result.history[-1].epoch for row in group.rows for result in row.results if result.history), default=1
@@ -390,9 +393,9 @@ def breakdown(subject: Subject, by: str, frames: Callable[[Result], pd.DataFrame
     """A metric of groups of expressions, on one split; `by` is one of breakdowns.BY."""
     metric = next((metric for metric in subject.metrics if metric in ("miou", "oiou")), "miou")
     split = subject.unbiased(subject.metrics.get(metric, subject.splits))
-    figure, panels = make_panels(len(subject.groups), 1, width=7.0, height=1.9)
+    figure, panels = make_panels(len(subject.panels), 1, width=7.0, height=1.9)
     shown, read, unread = [], [], []
-    for (axes,), group in zip(panels, subject.groups, strict=True):
+    for (axes,), group in zip(panels, subject.panels, strict=True):
         found: dict[str, list[tuple[Row, Point]]] = {}
         sizes: dict[str, int] = {}
         for row in group.rows:
@@ -543,7 +546,9 @@ def _or_said(axes: Axes, text: str = "no result yet") -> None:
     """An empty panel says so."""
     if not (axes.lines or axes.containers or axes.collections):
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.4")
-        axes.tick_params(left=False, labelleft=False)  # its ticks may be those of a whole row
+        axes.tick_params(
+            left=False, labelleft=False, bottom=False, labelbottom=False, which="both"
+        )  # its ticks may be those of a whole row
 
 
 def _markers(row: Row) -> Line2D:
@@ -591,9 +596,10 @@ def _caption(what: str, subject: Subject, shown: Sequence[Row], *, spread: str) 
         f"Protocol {RIS_BENCH.name}: every expression, in the frame of the original image, at a probability greater "
         f"than {thresholds}."
     )
-    lacking = [
+    lacking = [f"all of {group.title}" for group in subject.groups if group not in subject.panels]
+    lacking += [
         ", ".join(filter(None, [group.title, row.label]))
-        for group in subject.groups
+        for group in subject.panels
         for row in group.rows
         if not row.results
     ]
