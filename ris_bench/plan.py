@@ -107,8 +107,8 @@ def _selection_score(result: Result) -> float:
     return getattr(result.scores[evaluation.select_on], evaluation.metric)
 
 
-def find(named: Path, root: Path | None = None) -> tuple[Experiment, Path]:
-    """An experiment by its file or by its folder of tables, and the results folder.
+def find(named: Path, root: Path | None = None) -> tuple[Experiment, Path, Path]:
+    """An experiment by its file or by its folder of tables; that folder; and the results folder.
 
     Args:
         named: a folder that holds an experiment as it was last run; or an experiment file. Of the latter the folder's
@@ -118,7 +118,7 @@ def find(named: Path, root: Path | None = None) -> tuple[Experiment, Path]:
     Raises UserError where there is no such thing, or no whole one.
     """
     if named.is_dir():
-        return read(named), (named.absolute().parent if root is None else root)
+        return read(named), named, (named.absolute().parent if root is None else root)
     root = Path("results") if root is None else root
     text = read_text(named)
     written = located.read(text, lambda line: f"{named}:{line}").mapping("the experiment").get("name")
@@ -126,7 +126,7 @@ def find(named: Path, root: Path | None = None) -> tuple[Experiment, Path]:
     if isinstance(name, str) and NAME.fullmatch(name) and (root / name / FILE).is_file():
         experiment = read(root / name)
         if experiment.source == text and not experiment.assignments:
-            return experiment, root
+            return experiment, root / name, root
     try:
         from ris_bench.experiment import load  # only now: it imports torch
     except ModuleNotFoundError as error:
@@ -134,7 +134,8 @@ def find(named: Path, root: Path | None = None) -> tuple[Experiment, Path]:
             f"{named} has not been run as it stands, and to read it takes {error.name}, which is not installed; name a "
             f"folder that holds a {FILE}"
         ) from None
-    return load(named), root
+    experiment = load(named)
+    return experiment, root / experiment.name, root
 
 
 def read_text(path: Path) -> str:

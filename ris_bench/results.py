@@ -36,7 +36,7 @@ class Store:
             result = Result.from_json(path.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             result = None
         if result is None or result.trial.id != trial.id:
             warnings.warn(f"{path} does not hold the result of this trial: it will be run again", stacklevel=2)
@@ -142,7 +142,7 @@ def read_done(folder: Path) -> Result:
     path = folder / "result.json"
     try:
         result = Result.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is no result ({type(error).__name__}: {error})") from None
     if result.status != "done":
         raise UserError(f"trial {folder.name} failed ({result.error}): it left neither a model nor scores")

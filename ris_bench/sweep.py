@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ris_bench.errors import UserError
 from ris_bench.progress import Display
 from ris_bench.records import Params, Result, Trial
-from ris_bench.report import tables
+from ris_bench.report import folder
 from ris_bench.results import Store
 
 if TYPE_CHECKING:  # all import torch, and a sweep with nothing to run needs none
@@ -164,7 +164,7 @@ class _Keeper:
         self.display.finished(result)
 
     def write_tables(self) -> None:
-        tables.write(tables.render(self.experiment, self.results), self.store.root / self.experiment.name)
+        folder.keep(self.experiment, self.results, self.store.root / self.experiment.name)
 
 
 def run(

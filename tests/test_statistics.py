@@ -404,6 +404,18 @@ def test_a_checkpoint_that_was_selected_on_a_test_split_is_marked(bench, tmp_pat
     assert (code, err) == (0, "") and "+5.00 ▲ ‡" in out and "- ‡ The checkpoint was selected on a test split." in out
 
 
+def test_a_report_marks_what_is_earned_in_its_table(bench, capsys):
+    code, compared, _ = bench("--against", "frozen")
+    assert cli.main(["report", "stand_in.yaml", "--against", "Fix Backbone", "--format", "md,tex"]) == 0
+    table = capsys.readouterr().out
+    assert Path("results/stand_in/comparison.md").read_text() == compared
+    by_label = {row[0]: row[2:] for row in rows(table)}
+    assert all("▲" in cell for cell in by_label["Lo¦RA"]) and not any("▲" in cell for cell in by_label["Fix Backbone"])
+    assert not any("▲" in cell or "▼" in cell for cell in by_label["bridger"])
+    assert "- ▲ better, ▼ worse than Fix Backbone, beyond what other images" in table
+    assert r"$^\uparrow$" in Path("results/stand_in/table.tex").read_text()
+
+
 def other_ground_truth(experiment: Experiment, tmp_path: Path) -> None:
     [run] = (
         r for r in experiment.runs if (r.axes["method"], r.axes["dataset"], r.axes["seed"]) == ("full", "refcoco", "1")

@@ -17,13 +17,14 @@ from ris_bench.cli import (
     import_official,
     params,
     predict,
+    report,
     run,
     score,
     sheet,
 )
 from ris_bench.errors import UserError
 
-VERBS = (run, params, import_official, export, compare, data, predict, evaluate, breakdown, score, sheet)
+VERBS = (run, params, import_official, export, compare, data, predict, evaluate, breakdown, score, sheet, report)
 """In the order in which --help lists them."""
 
 

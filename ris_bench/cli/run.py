@@ -59,7 +59,7 @@ def add(verbs: Any) -> None:
     )
     run.add_argument(
         "--feature-cache",
-        type=_gigabytes,
+        type=_amount,
         default=50,
         metavar="GB",
         help="room on disk for what untouched stages make of the training images, shared by trials; 0 works it out in "
@@ -108,7 +108,7 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     # Only now: these import torch.
     from ris_bench import sweep
     from ris_bench.experiment import load
-    from ris_bench.report import tables
+    from ris_bench.report import folder
     from ris_bench.trial import Places, run_trial
 
     experiment = load(args.experiment, args.set)
@@ -132,9 +132,7 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     job = sweep.Job(run_trial, store, places, experiment.plugins)
     results = sweep.run(experiment, job, executor, only=args.only)
 
-    table = tables.render(experiment, results)
-    tables.write(table, store.root / experiment.name)
-    print(table.markdown, end="", flush=True)
+    print(folder.keep(experiment, results, store.root / experiment.name).markdown, end="", flush=True)
     failed = [result for key, result in results.items() if result.status == "failed" and args.only in key]
     for result in failed:
         log = args.results / "trials" / result.trial.id / "log.txt"

@@ -23,6 +23,7 @@ from ris_bench.results import write_whole
 
 if TYPE_CHECKING:  # it imports torch, with the methods that it names
     from ris_bench.experiment import Experiment, Run
+    from ris_bench.report.comparison import Comparisons
 
 DEFINITIONS = {
     "miou": "mIoU: mean over expressions of intersection / union",
@@ -136,13 +137,13 @@ class _Body:
             yield group
 
 
-def render(experiment: Experiment, results: Mapping[str, Result]) -> Table:
+def render(experiment: Experiment, results: Mapping[str, Result], compared: Comparisons | None = None) -> Table:
     """The table of what is known; `results`, by trial id, may lack some and hold others.
 
     A cell is the mean over its seeds, with the sample standard deviation where there are several. Without a result it
-    is "–", or "failed"; MARKS say what else there is to know of it.
+    is "–", or "failed"; MARKS say what else there is to know of it, and `compared` which differences are earned.
     """
-    body, notes = lay_out(experiment, results)
+    body, notes = lay_out(experiment, results, compared)
     return Table(
         markdown=_markdown(body, experiment.title, notes),
         latex=_latex(body, experiment.title, notes, label=experiment.name),
@@ -150,7 +151,9 @@ def render(experiment: Experiment, results: Mapping[str, Result]) -> Table:
     )
 
 
-def lay_out(experiment: Experiment, results: Mapping[str, Result]) -> tuple[_Body, list[str]]:
+def lay_out(
+    experiment: Experiment, results: Mapping[str, Result], compared: Comparisons | None = None
+) -> tuple[_Body, list[str]]:
     """What `render` prints: the cells, and the notes below them."""
     layout = experiment.table
     leaves = tuple(_Leaf(column, split) for column in layout.columns for split in column.splits or ("",))
@@ -163,17 +166,19 @@ def lay_out(experiment: Experiment, results: Mapping[str, Result]) -> tuple[_Bod
         runs = [run for run in reported if leaf.column.where.items() <= run.axes.items()]
         cells = []
         for _, group in groupby(keys, key=lambda labels: labels[:-1]):
-            wanted = (dict(zip(layout.rows, labels, strict=True)).items() for labels in group)
-            cells += _with_best(
-                leaf, [_cell(leaf, [run for run in runs if row <= run.axes.items()], results) for row in wanted]
-            )
+            wanted = [dict(zip(layout.rows, labels, strict=True)) for labels in group]
+            found = [_cell(leaf, [run for run in runs if row.items() <= run.axes.items()], results) for row in wanted]
+            if compared:
+                earned = [_earned(leaf, row, compared) for row in wanted]
+                found = [replace(cell, marks=mark + cell.marks) for cell, mark in zip(found, earned, strict=True)]
+            cells += _with_best(leaf, found)
         by_leaf.append(cells)
     rows = tuple(
         (tuple(layout.labels.get(label, label) for label in labels), cells)
         for labels, cells in zip(keys, zip(*by_leaf, strict=True), strict=True)
     )
     body = _Body(layout.rows, leaves, rows)
-    return body, list(_notes(experiment, results, body))
+    return body, list(_notes(experiment, results, body, compared))
 
 
 def write(table: Table, folder: Path) -> None:
@@ -235,7 +240,16 @@ def _distinct(values: Iterable[object]) -> list[str]:
     return list(dict.fromkeys(map(str, values)))
 
 
-def _notes(experiment: Experiment, results: Mapping[str, Result], body: _Body) -> Iterator[str]:
+def _earned(leaf: _Leaf, row: Mapping[str, str], compared: Comparisons) -> str:
+    """▲ or ▼ where the row differs from what it is compared with beyond chance."""
+    key = ({**leaf.column.where, **row}, leaf.split, leaf.column.value)
+    values = (r.difference.value for r in compared.rows if r.earned and (dict(r.axes), r.split, r.metric) == key)
+    return "".join("▲" if value > 0 else "▼" for value in values)
+
+
+def _notes(
+    experiment: Experiment, results: Mapping[str, Result], body: _Body, compared: Comparisons | None
+) -> Iterator[str]:
     trials = [run.trial for run in experiment.runs]
     metrics = _distinct(leaf.column.value.partition("@")[0] for leaf in body.leaves if leaf.column.value in METRICS)
     if metrics:
@@ -285,6 +299,11 @@ def _notes(experiment: Experiment, results: Mapping[str, Result], body: _Body) -
     yield f"{', '.join(counts)}."
     used = {mark for _, cells in body.rows for cell in cells for mark in cell.marks}
     yield from (f"{mark} {meaning}" for mark, meaning in MARKS.items() if mark in used)
+    if compared:
+        yield (
+            f"▲ better, ▼ worse than {compared.against}, beyond what other images (paired bootstrap, corrected after "
+            f"Holm for {len(compared.rows)} comparisons) and other seeds would explain."
+        )
 
 
 def _sizes(results: Iterable[Result], splits: Collection[str]) -> Iterator[str]:
@@ -363,6 +382,8 @@ _LATEX = {
     "→": r"$\to$",
     "≤": r"$\leq$",
     "≥": r"$\geq$",
+    "▲": r"$^\uparrow$",
+    "▼": r"$^\downarrow$",
     "−": "$-$",
     "†": r"$^\dagger$",
     "‡": r"$^\ddagger$",

@@ -1,0 +1,84 @@
+"""ris-bench report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ris_bench import plan
+from ris_bench.errors import UserError
+from ris_bench.report import folder
+from ris_bench.results import Store
+
+REPORT = f"""\
+Makes the tables, figures and page of an experiment anew, from the files of its results alone: no data is needed, and
+no PyTorch for an experiment that was run as it stands. Files that are no result of its trials are named and left out.
+
+{chr(10).join(f"{kind:<5} {what}" for kind, what in folder.FORMATS.items())}
+"""
+
+
+def add(verbs: Any) -> None:
+    parser = verbs.add_parser(
+        "report",
+        help="make tables, figures and a page of the results of an experiment",
+        description=REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(call=_call)
+    parser.add_argument(
+        "experiment",
+        type=Path,
+        metavar="EXPERIMENT.yaml|DIR",
+        help="an experiment, or the folder of one among the results: as it was run last, --set included",
+    )
+    parser.add_argument(
+        "--format",
+        type=_formats,
+        default=tuple(folder.FORMATS),
+        metavar="F,...",
+        help=f"of {','.join(folder.FORMATS)} (default: all)",
+    )
+    parser.add_argument(
+        "--against", metavar="METHOD", help="compare the rows with this one, as ris-bench compare does, and mark them"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="where results are kept (default: results, or the folder around the one named)",
+    )
+
+
+def _formats(text: str) -> tuple[str, ...]:
+    formats = tuple(text.split(","))
+    if unknown := [name for name in formats if name not in folder.FORMATS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no format; write some of {','.join(folder.FORMATS)}")
+    return formats
+
+
+def _call(args: argparse.Namespace) -> int:
+    experiment, place, root = plan.find(args.experiment, args.results)
+    store = Store(root.absolute())
+    results, skipped = store.collect(run.trial for run in experiment.runs)
+    if not results:
+        left_out = f"; {skipped[0]}" if skipped else ""
+        raise UserError(f"{store.root} has no result of {experiment.path}: run it, or give --results DIR{left_out}")
+    if missing := [trial.id for trial in experiment.trials(results) if trial.id not in results]:
+        skipped.append(f"without a result: {', '.join(missing)}")
+    compared = None
+    if args.against is not None:
+        from ris_bench.report.comparison import compare
+
+        compared = compare(experiment, store, args.against)
+    table, written, absent = folder.write(
+        experiment, results, store, place, args.format, compared=compared, skipped=skipped
+    )
+    for line in (*skipped, *absent):
+        print(f"warning: {line}", file=sys.stderr)
+    print(table.markdown)
+    for path in written:
+        print(path)
+    return 0

@@ -1,0 +1,80 @@
+"""The folder of an experiment: everything in it is made of results, and can be made anew from them at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ris_bench import plan
+from ris_bench.records import Result
+from ris_bench.report import tables
+from ris_bench.results import Store, write_whole
+
+if TYPE_CHECKING:
+    from ris_bench.plan import Experiment
+    from ris_bench.report.comparison import Comparisons
+
+FORMATS = {
+    "md": "table.md, and comparison.md where there is one",
+    "tex": "table.tex, which needs booktabs",
+    "csv": "table.csv, for pandas",
+    "svg": "figures/*.svg",
+    "png": "figures/*.png",
+    "html": "report.html, which holds all the others",
+}
+
+
+def keep(experiment: Experiment, results: Mapping[str, Result], folder: Path) -> tables.Table:
+    """Write the table, and the plan from which `write` can make everything else; returns the table."""
+    table = tables.render(experiment, results)
+    tables.write(table, folder)
+    plan.write(experiment, folder)
+    return table
+
+
+def write(
+    experiment: Experiment,
+    results: Mapping[str, Result],
+    store: Store,
+    folder: Path,
+    formats: Collection[str] = tuple(FORMATS),
+    *,
+    compared: Comparisons | None = None,
+    skipped: Sequence[str] = (),
+) -> tuple[tables.Table, list[Path], list[str]]:
+    """Write an experiment's report; each file appears whole or not at all.
+
+    Args:
+        results: by trial id; some may be missing.
+        store: where the folders of the trials lie.
+        formats: of FORMATS.
+        compared: the rows of the table against one of them, which marks the table.
+        skipped: what was left out of `results`, in sentences.
+
+    Returns the table, the files, and why figures are not there.
+    """
+    table = tables.render(experiment, results, compared)
+    texts = {"md": table.markdown, "tex": table.latex, "csv": table.csv}
+    files = {folder / f"table.{kind}": text for kind, text in texts.items() if kind in formats}
+    if compared and "md" in formats:
+        files[folder / "comparison.md"] = compared.markdown()
+    for path, text in files.items():
+        write_whole(path, text)
+    plan.write(experiment, folder)
+    written, drawings, absent = [*files], [], []
+    if drawn := [kind for kind in ("svg", "png", "html") if kind in formats]:
+        from ris_bench.report import drawing, figures  # only now: they import matplotlib
+
+        drawings, absent = figures.draw(experiment, results, store)
+        if kinds := [kind for kind in drawn if kind != "html"]:
+            written += [path for each in drawings for path in drawing.save(each, folder / "figures", kinds)]
+    if "html" in formats:
+        from ris_bench.report import page  # only now: it imports jinja2
+
+        path = folder / "report.html"
+        page.write(
+            path, experiment, store, results, compared=compared, drawings=drawings, absent=absent, skipped=skipped
+        )
+        written.append(path)
+    return table, written, absent
