@@ -57,7 +57,7 @@ class _Column(NamedTuple):
 class _Row(NamedTuple):
     cells: Sequence[_Cell]
     kind: str = ""
-    """Classes: `starts` a group, is `published`, has `earned` its mark."""
+    """`starts` (a group), `earned` (its mark), or nothing: a class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def write(
         results: by trial id; some may be missing, and there may be others.
         compared: the rows of the table against one of them; without it the page says how to have it.
         drawings, absent: what `figures.draw` returns.
-        skipped: sentences on files that are no results of this experiment.
+        skipped: what `results` lacks, in sentences.
         pictures: at most so many in the gallery.
     """
     wanted = experiment.trials(results)
@@ -114,8 +114,6 @@ def write(
     failed = [
         (result.trial.id, result.error or "no reason is recorded") for result in known if result.status == "failed"
     ]
-    if missing := [trial.id for trial in wanted if trial.id not in results]:
-        failed.append((f"{len(missing)} of {len(wanted)} trials have not been run", ", ".join(missing)))
     text = _template().render(
         css=Markup(css),
         js=Markup(js),
@@ -127,7 +125,7 @@ def write(
             (name, name.capitalize())
             for name in ("results", "audit", "statistics", "figures", "gallery", "failures", "configuration")
         ],
-        tables=[_results_table(experiment, results)],
+        results_table=_results_table(experiment, results, compared),
         audit=list(_audit(experiment, results, known)),
         statistics=compared and _statistics_table(compared),
         no_statistics="No row was named that the others are to be compared with: ris-bench report --against METHOD.",
@@ -139,7 +137,8 @@ def write(
         keys={key: place for place, key in enumerate(dict.fromkeys(picture.key for picture in shown))},
         kinds=[kind for kind in KINDS if any(kind in picture.kinds for picture in shown)],
         gallery_notes=gallery_notes,
-        failures=[*failed, *(("left out", reason) for reason in skipped)],
+        failures=failed,
+        skipped=skipped,
         experiment_file=experiment.path.name,
         experiment_yaml=experiment.source,
         trials=[_provenance(result) for result in known],
@@ -173,9 +172,9 @@ def _summary(wanted: Sequence, known: Sequence[Result]) -> Iterator[str]:
         yield " to ".join(dict.fromkeys((days[0], days[-1])))
 
 
-def _results_table(experiment: Experiment, results: Mapping[str, Result]) -> _Table:
+def _results_table(experiment: Experiment, results: Mapping[str, Result], compared: Comparisons | None) -> _Table:
     """The table that `tables.render` prints."""
-    body, notes = tables.lay_out(experiment, results)
+    body, notes = tables.lay_out(experiment, results, compared)
     columns = [_Column(title, "label") for title in body.corner]
     for leaf in body.leaves:
         numeric = leaf.column.value in (*METRICS, *COUNTS, *COSTS)
