@@ -37,6 +37,9 @@ if TYPE_CHECKING:  # all import torch, and a sweep with nothing to run needs non
 Report = Callable[["Progress"], None]
 RunTrial = Callable[[Trial, Path, "Places", Report], Result]
 
+GRACE_SECONDS = 20
+"""For the step that is running when a sweep is stopped: who sends SIGTERM sends SIGKILL after half a minute."""
+
 
 class Watcher(Protocol):
     """Who is told what happens, in the driver process."""
@@ -214,6 +217,7 @@ def in_process() -> Iterator[Execute]:
             def report(progress: Progress) -> None:
                 watcher.progress(progress)
                 if asked():
+                    signal.alarm(0)  # no haste any more: where the trial stands is saved now
                     raise KeyboardInterrupt
 
             for trial in trials:
@@ -227,7 +231,8 @@ def in_process() -> Iterator[Execute]:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether somebody has pressed Ctrl-C, or sent SIGTERM; a second time it is a KeyboardInterrupt, wherever."""
+    """Whether somebody has pressed Ctrl-C, or sent SIGTERM; a second time, or when nobody has looked for
+    `GRACE_SECONDS`, it is a KeyboardInterrupt, wherever."""
     asked = False
 
     def ask(number: int, frame: Any) -> None:
@@ -235,12 +240,14 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
+        signal.alarm(GRACE_SECONDS)
         os.write(2, b"\nstops after the step that is running; once more stops at once\n")
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
     try:
         yield lambda: asked
     finally:
+        signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
 
