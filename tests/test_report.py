@@ -223,3 +223,16 @@ def test_half_a_plan_is_none(tmp_path):
         with pytest.raises(UserError, match=r"plan.jsonl is no whole plan of an experiment \(.*\); name its") as caught:
             plan.read(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+def test_figures_and_the_page_are_written_without_torch_too(bench, tmp_path):
+    command = [sys.executable, "-c", WITHOUT, "report", "results/stand_in", "--format", "svg,html"]
+    ran = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert ran.returncode == 0
+    # Each figure is there, or said not to be.
+    assert "no figure breakdown-" in ran.stderr and "Traceback" not in ran.stderr
+    figures = list((tmp_path / "results/stand_in/figures").iterdir())
+    assert figures and {path.suffix for path in figures} == {".svg"}
+    page = (tmp_path / "results/stand_in/report.html").read_text(encoding="utf-8")
+    assert "LoRA" in page and "56.25" in page
+    assert all(str(path.relative_to(tmp_path)) in ran.stdout for path in figures)
