@@ -1,14 +1,14 @@
 """Maps and masks brought into the frame in which a protocol compares them, as the code that it stands for does it.
 
 Every step (an interpolation, a letterbox undone) is linear and acts on rows and columns alike, so that each axis has
-one matrix, and a map costs two matrix products.
+one matrix, and a map costs two products with matrices that are nearly empty.
 """
 
 from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -16,6 +16,8 @@ from PIL import Image
 from ris_bench.data.transforms import Letterbox
 from ris_bench.predictions import Maps
 from ris_bench.protocols import Geometry, Resize
+
+Values = Literal["logit", "probability"]
 
 _LEAST = 1e-7  # A probability of 0 or 1 has no finite logit.
 
@@ -37,15 +39,15 @@ def cut(
         image, frame: (height, width) of the image, and that in which masks are compared, stretched over the image.
         upsample, restore, threshold: as `Protocol` has them.
     """
-    map_wh = _as(upsample.of, map_hw.T.astype(np.float32), maps.values)
+    map_hw = converted(map_hw, maps.values, upsample.of)
     lies = (maps.geometry, maps.size, image, frame, restore)
     if upsample.of == restore.of:
         rows, columns = (_both(axis, source, upsample, *lies) for axis, source in enumerate(map_hw.shape))
     else:
         rows, columns = (_upsampling(source, maps.size, upsample) for source in map_hw.shape)
-        map_wh = _as(restore.of, columns @ map_wh @ rows.T, upsample.of)
+        map_hw = converted(rows(columns(map_hw.T).T), upsample.of, restore.of)
         rows, columns = (_restoration(axis, *lies) for axis in (0, 1))
-    found_WH = columns @ map_wh @ rows.T
+    found_WH = columns(rows(map_hw).T)
     return found_WH > np.float32(threshold if restore.of == "probability" else math.log(threshold / (1 - threshold)))
 
 
@@ -63,7 +65,9 @@ def _nearest(source: int, target: int, library: str) -> np.ndarray:
     return np.asarray(positions.resize((target, 1), Image.Resampling.NEAREST))[0]
 
 
-def _as(wanted: str, values: np.ndarray, given: str) -> np.ndarray:
+def converted(values: np.ndarray, given: Values, wanted: Values) -> np.ndarray:
+    """Logits or probabilities as either of them, float32."""
+    values = values.astype(np.float32, copy=False)
     if wanted == given:
         return values
     if wanted == "probability":
@@ -108,17 +112,43 @@ def _line(axis: int, geometry: Geometry, size: int, image: tuple[int, int], targ
     return _Line(content / target, offset + (content / target - 1) / 2, offset, offset + content - 1)
 
 
+class _Banded:
+    """A matrix (targets, source) of which every row has a few weights side by side: an interpolation along an axis.
+
+    Rows are taken `BLOCK` at a time with the columns that any of them has weights in. That is a twentieth of the
+    products of the whole matrix, and each is so small that BLAS does not start threads for it, which under load wait
+    longer for each other than they work.
+    """
+
+    BLOCK = 16
+
+    def __init__(self, matrix: np.ndarray) -> None:
+        self.matrix = matrix
+        targets, source = matrix.shape
+        padded = np.pad(matrix, ((0, -targets % self.BLOCK), (0, 0))).reshape(-1, self.BLOCK, source)
+        used = (padded != 0).any(axis=1)
+        first = used.argmax(axis=1)
+        width = max(1, int((source - used[:, ::-1].argmax(axis=1) - first)[used.any(axis=1)].max(initial=1)))
+        self._columns = np.minimum(first, source - width)[:, None] + np.arange(width)
+        self._blocks = np.take_along_axis(padded, self._columns[:, None], axis=2)
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """(source, any) -> (targets, any)."""
+        found = self._blocks @ values[self._columns]
+        return found.reshape(-1, values.shape[1])[: len(self.matrix)]
+
+
 @lru_cache(maxsize=256)
-def _upsampling(source: int, size: int, resize: Resize) -> np.ndarray:
+def _upsampling(source: int, size: int, resize: Resize) -> _Banded:
     """(size, source) float32."""
     line = _line(0, "stretch", source, (source, source), size, resize.align_corners)
-    return _taps(line.scale * np.arange(size) + line.start, source, resize, line)
+    return _Banded(_taps(line.scale * np.arange(size) + line.start, source, resize, line))
 
 
 @lru_cache(maxsize=1024)
 def _restoration(
     axis: int, geometry: Geometry, size: int, image: tuple[int, int], frame: tuple[int, int], resize: Resize
-) -> np.ndarray:
+) -> _Banded:
     """(frame's side, size) float32."""
     line = _line(axis, geometry, size, image, frame[axis], resize.align_corners)
     positions = line.scale * np.arange(frame[axis]) + line.start
@@ -126,7 +156,7 @@ def _restoration(
         # imgproc/src/imgwarp.cpp, warpAffine: in 1/1024 pixel, of which 1/32 are kept.
         steps = np.rint(1024 * line.scale * np.arange(frame[axis])) + np.rint(1024 * line.start) + 16
         positions = np.floor(steps / 32) / 32
-    return _taps(positions, size, resize, line)
+    return _Banded(_taps(positions, size, resize, line))
 
 
 @lru_cache(maxsize=1024)
@@ -139,9 +169,11 @@ def _both(
     image: tuple[int, int],
     frame: tuple[int, int],
     restore: Resize,
-) -> np.ndarray:
+) -> _Banded:
     """(frame's side, source) float32: one interpolation after the other."""
-    return _restoration(axis, geometry, size, image, frame, restore) @ _upsampling(source, size, upsample)
+    return _Banded(
+        _restoration(axis, geometry, size, image, frame, restore).matrix @ _upsampling(source, size, upsample).matrix
+    )
 
 
 def _taps(positions: np.ndarray, source: int, resize: Resize, line: _Line) -> np.ndarray:

@@ -7,8 +7,11 @@ its ground truth; the tables mark such numbers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +26,7 @@ from ris_bench.errors import UserError
 from ris_bench.predictions import Maps, Prediction, Predictions, decode, encode, match
 from ris_bench.protocols import PROTOCOLS, RIS_BENCH, Protocol, Resize
 from ris_bench.records import Choice
-from ris_bench.resampling import cut, nearest
+from ris_bench.resampling import converted, cut, nearest
 
 Stage = Literal["test", "validation"]
 Split = tuple[str, str]
@@ -92,11 +95,15 @@ def score(
     for split, expected in samples.items():
         matched = match(rows[split], expected)
         tallies = [_Tally() for _ in protocols]
-        for positions in referents(expected):
-            referent = _Referent([expected[i] for i in positions], [matched[i] for i in positions], predictions.maps)
-            for protocol, tally in zip(protocols, tallies, strict=True):
-                referent.count(protocol, stage, tally)
-            report(done := done + len(positions), total)
+
+        groups = [([expected[i] for i in group], [matched[i] for i in group]) for group in referents(expected)]
+        counted = partial(_counted, maps=predictions.maps, protocols=protocols, stage=stage)
+        # NumPy leaves the lock of Python while it works, so that threads use every core; results come in order.
+        with ThreadPoolExecutor(_cores()) as pool:
+            for (group, _), counts in zip(groups, pool.map(counted, groups), strict=True):
+                for tally, some in zip(tallies, counts, strict=True):
+                    tally.counts += some
+                report(done := done + len(group), total)
         asked = _asked(expected, matched)
         for protocol, tally in zip(protocols, tallies, strict=True):
             marks = tuple(_marks(protocol, stage, predictions.maps, asked))
@@ -123,18 +130,31 @@ def chosen(referent: Sequence[Sample], protocol: Protocol, stage: Stage) -> list
     return [0 if sentences == "first" else len(referent) - 1]
 
 
+def _counted(
+    group: tuple[list[Sample], list[Prediction]], maps: Maps | None, protocols: Sequence[Protocol], stage: Stage
+) -> list[list[_Counts]]:
+    """For each protocol the counts of the expressions of one referent."""
+    referent = _Referent(*group, maps)
+    return [list(referent.count(protocol, stage)) for protocol in protocols]
+
+
+class _Counts(NamedTuple):
+    """Of one expression."""
+
+    intersection: int
+    union: int
+    denied: bool
+    targeted: bool
+
+
 class _Tally:
     """The counts of a protocol over the expressions of a split."""
 
     def __init__(self) -> None:
-        self.intersection: list[int] = []
-        self.union: list[int] = []
-        self.denied: list[bool] = []
-        self.targeted: list[bool] = []
+        self.counts: list[_Counts] = []
 
     def scores(self, protocol: Protocol, split: Split, marks: tuple[str, ...]) -> Iterator[Score]:
-        intersection, union = np.array(self.intersection), np.array(self.union)
-        denied, targeted = np.array(self.denied), np.array(self.targeted)
+        intersection, union, denied, targeted = map(np.array, zip(*self.counts, strict=True))
         found = metrics.scores(intersection, union, protocol, denied=denied, targeted=targeted)
 
         def one(metric: str, kind: str, value: float, number: int, *more: str) -> Score:
@@ -163,15 +183,17 @@ class _Tally:
 
 
 class _Referent:
-    """The expressions of one referent with their predictions. Every mask is made once in each form asked for."""
+    """The expressions of one referent with their predictions; masks and maps are made once in each form asked for."""
 
     def __init__(self, samples: list[Sample], rows: list[Prediction], maps: Maps | None) -> None:
         self.samples, self.rows, self.maps = samples, rows, maps
         self.sample = samples[0]
         self.image = (self.sample.height, self.sample.width)
         self._made: dict[tuple, _Mask] = {}
+        self._values: dict[tuple[int, str], np.ndarray] = {}
+        self._both: dict[tuple[int, int], int] = {}  # by the identity of masks, which `_made` keeps
 
-    def count(self, protocol: Protocol, stage: Stage, tally: _Tally) -> None:
+    def count(self, protocol: Protocol, stage: Stage) -> Iterator[_Counts]:
         inside = getattr(protocol, stage).frame == "input"
         square = (protocol.size, protocol.truth_resize) if inside else (None, None)
         truth = self._once(self._truth, protocol.truth, *square)
@@ -184,11 +206,13 @@ class _Referent:
                 frame = (protocol.size, protocol.size) if inside else self.image
                 predicted = self._once(self._cut, i, frame, protocol.upsample, protocol.restore, protocol.threshold)
                 empty = not predicted.area
-            both = int(np.count_nonzero(predicted.mask_WH & truth.mask_WH))
-            tally.intersection.append(both)
-            tally.union.append(predicted.area + truth.area - both)
-            tally.denied.append(empty if self.rows[i].no_target is None else self.rows[i].no_target)
-            tally.targeted.append(self._once(self._truth, "union", None, None).area > 0)
+            pair = (id(predicted.mask_WH), id(truth.mask_WH))
+            if pair not in self._both:
+                self._both[pair] = int(np.count_nonzero(predicted.mask_WH & truth.mask_WH))
+            both = self._both[pair]
+            denied = empty if self.rows[i].no_target is None else self.rows[i].no_target
+            targeted = self._once(self._truth, "union", None, None).area > 0
+            yield _Counts(both, predicted.area + truth.area - both, denied, targeted)
 
     def _once(self, make: Callable[..., np.ndarray], *arguments: Any) -> _Mask:
         key = (make.__name__, *arguments)
@@ -238,7 +262,16 @@ class _Referent:
             raise UserError(f"the mask of {row.name} {error}; encode it with pycocotools") from None
 
     def _cut(self, i: int, frame: tuple[int, int], upsample: Resize, restore: Resize, threshold: float) -> np.ndarray:
-        return cut(self.rows[i].map, self.maps, self.image, frame, upsample, restore, threshold)
+        if (i, upsample.of) not in self._values:
+            self._values[i, upsample.of] = converted(self.rows[i].map, self.maps.values, upsample.of)
+        maps = replace(self.maps, values=upsample.of)
+        return cut(self._values[i, upsample.of], maps, self.image, frame, upsample, restore, threshold)
+
+
+def _cores() -> int:
+    """That this process may use, up to 8, beyond which memory is too slow for more."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 class _Mask(NamedTuple):
