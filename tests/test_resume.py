@@ -147,7 +147,8 @@ def test_it_ends_as_if_it_had_not_been_killed(name, tmp_path, undisturbed):
         killed(TRIALS[name], tmp_path, "", moments.randint(2, 14))
     result = run(TRIALS[name], tmp_path, ALWAYS)
     check_same(result, tmp_path, *undisturbed(name)[:2])
-    assert len(list((tmp_path / "checkpoints").iterdir())) == checkpoints.KEPT
+    # The process may have died before it had removed the oldest.
+    assert len(list((tmp_path / "checkpoints").iterdir())) <= checkpoints.KEPT + 1
 
 
 @pytest.mark.parametrize(
