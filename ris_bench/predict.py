@@ -249,14 +249,15 @@ def predict_split(
     data: Path,
     out: Path,
     *,
-    options: Mapping[str, Any] | None = None,
+    dataset_options: Mapping[str, Mapping[str, Any]] | None = None,
     maps: bool = False,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
     """Write what the model answers to every expression of a split as a file of `ris_bench.predictions`; how many.
 
     Args:
-        options: those that the dataset was built with, if any; the file tells them to who scores it.
+        dataset_options: what the dataset was built with, by the name under which it is registered; the file tells it
+            to who scores it.
         maps: the network's logits instead of masks, for protocols that cut or resample them in their own way.
         report: called with the number of expressions done and their total.
 
@@ -286,9 +287,7 @@ def predict_split(
     how = predictions.Maps(values="logit", geometry="letterbox", size=model.model.backbone.image_size)
     try:
         with evaluation.inference(model.model):
-            predictions.write(
-                out, answers(), maps=how if maps else None, dataset_options={dataset.name: options} if options else None
-            )
+            predictions.write(out, answers(), maps=how if maps else None, dataset_options=dataset_options)
     except FloatingPointError as error:
         raise UserError(f"{error}: its checkpoint is of no use") from None
     return len(samples)

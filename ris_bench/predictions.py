@@ -15,7 +15,8 @@ rows of another data set are noticed). JSON is a list of rows or, where there is
 
 Parquet has that object, without the predictions, as text under the key `ris-bench` of its schema's metadata. `maps`
 says how all maps lie over their images: `values` is "logit" or "probability", `geometry` one of `protocols.GEOMETRIES`
-and `size` the side of the network's square input. `dataset_options` are those of data sets that have some, by name.
+and `size` the side of the network's square input. `dataset_options` are those of data sets that have some, by the name
+under which an experiment gives them: {"own": {"file": "cups.json", "name": "cups"}} is for rows of `dataset` "cups".
 """
 
 from __future__ import annotations

@@ -20,12 +20,11 @@ from pycocotools import mask as coco_mask
 from tabulate import tabulate
 
 from ris_bench import metrics
-from ris_bench.data.dataset import DATASETS
+from ris_bench.data.dataset import DATASETS, Dataset
 from ris_bench.data.samples import Sample, draw, referents
 from ris_bench.errors import UserError
 from ris_bench.predictions import Maps, Prediction, Predictions, decode, encode, match
 from ris_bench.protocols import PROTOCOLS, RIS_BENCH, Protocol, Resize
-from ris_bench.records import Choice
 from ris_bench.resampling import converted, cut, nearest
 
 Stage = Literal["test", "validation"]
@@ -63,11 +62,23 @@ class Score:
 
 def load(predictions: Predictions, data: Path) -> dict[Split, list[Sample]]:
     """The samples of every split that the predictions name. UserError where a data set or split is not there."""
-    splits = dict.fromkeys((row.dataset, row.split) for row in predictions.rows)
-    choices: dict[str, Choice] = {}
-    for name in dict.fromkeys(name for name, _ in splits):
-        choices[name] = DATASETS.resolve(name, predictions.dataset_options.get(name, {}))
-    return {split: DATASETS.build(choices[split[0]]).read(data, split[1]) for split in splits}
+    # A data set of one's own has a name of its own, by which rows call it; and those of a mix are its parts'.
+    known: dict[str, Dataset] = {}
+    for registered, options in predictions.dataset_options.items():
+        dataset = DATASETS.build(DATASETS.resolve(registered, options))
+        known |= {one.name: one for one in (dataset, *dataset.sources)}
+    for name in dict.fromkeys(row.dataset for row in predictions.rows):
+        if name not in known and name not in DATASETS:
+            raise UserError(
+                f"there is no dataset {name!r}; there are {', '.join(DATASETS)}; where it is your own, say so in the "
+                f'file\'s header: "dataset_options": {{"own": {{"file": FILE, "name": "{name}"}}}}'
+            )
+        if name not in known:
+            known[name] = DATASETS.build(DATASETS.resolve(name, {}))
+    return {
+        (name, split): known[name].read(data, split)
+        for name, split in dict.fromkeys((row.dataset, row.split) for row in predictions.rows)
+    }
 
 
 def score(

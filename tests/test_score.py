@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import trained
 from PIL import Image
 
-from ris_bench import cli, metrics, predictions, protocols, scoring
-from ris_bench.data.dataset import DATASETS
+from ris_bench import cli, evaluation, metrics, predictions, protocols, scoring
+from ris_bench.data.dataset import DATASETS, named
 from ris_bench.data.samples import Sample
+from ris_bench.predict import load, predict_split
 from ris_bench.predictions import Maps, Prediction, encode
 from ris_bench.protocols import RIS_BENCH
+from ris_bench.results import Store
+from ris_bench.trial import EVAL_BATCH_SIZE
 
 HEIGHT, WIDTH = 30, 40
 SLICE = Path(__file__).parents[2] / "shared" / "refcocog_slice"
@@ -247,6 +251,68 @@ def test_generated_scenes_with_options(call, tmp_path, monkeypatch):
     predictions.write(tmp_path / "p.json", written, dataset_options={"scenes": {"num_evil": 2}})
     code, _, err = call(tmp_path / "p.json")
     assert code == 2 and "no option 'num_evil'" in err
+
+
+def test_a_data_set_of_ones_own_is_known_by_its_name(call, data, tmp_path):
+    record = json.loads((data / "refcoco" / "instances.json").read_text())
+    record["images"][0]["file_name"] = "images/train2014/1.jpg"
+    record["expressions"] = [{"id": 9, "image_id": 1, "annotation_ids": [1], "split": "val", "sentences": ["red cup"]}]
+    (data / "cups.json").write_text(json.dumps(record))
+    own = {"own": {"file": "cups.json", "name": "cups"}}
+    written = [Prediction.of(s, mask_HW=s.mask()) for s in named(own).read(data, "val")]
+    refcoco = [Prediction.of(s, mask_HW=s.mask()) for s in named("refcoco").read(data, "val")]
+    for options, rows in (
+        (own, written),
+        (own, written + refcoco),
+        ({"mixed": {"parts": ["refcoco", own]}}, written + refcoco),
+    ):
+        predictions.write(tmp_path / "p.json", rows, dataset_options=options)
+        code, out, err = call(tmp_path / "p.json", "--protocol", "cris")
+        assert (code, err) == (0, "") and "| cups val |" in " ".join(out.split())
+        assert set(table(out)["ris-bench", "mIoU"][::3]) == {"100.00"}
+    predictions.write(tmp_path / "p.json", written)
+    code, out, err = call(tmp_path / "p.json")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert """say so in the file's header: "dataset_options": {"own": {"file": FILE, "name": "cups"}}""" in err
+
+
+def evaluated(dataset: dict | str, split: str, data: Path, folder: Path) -> None:
+    """What a model's evaluation counts is what `score` makes of the file that it writes, to the last digit."""
+    _, result = trained(Store(folder), "tiny-clip-rn", "frozen")
+    model = load(folder / "trials" / result.trial.id)
+    samples = named(dataset).read(data, split)
+    options = dataset if isinstance(dataset, dict) else None
+    number = predict_split(model, named(dataset), split, data, folder / "p.parquet", dataset_options=options)
+    assert number == len(samples)
+    frame = evaluation.evaluate(
+        model.model,
+        samples,
+        tokenizer=model.tokenizer(named(dataset).word_len),
+        batch_size=EVAL_BATCH_SIZE,
+        device=model.device,
+        autocast=model.autocast,
+        threshold=model.threshold,
+    )
+    expected = evaluation.scores(frame)
+    assert expected.miou > 0
+    given = predictions.read(folder / "p.parquet")
+    scores = scoring.score(given, scoring.load(given, data), [RIS_BENCH])
+    found = {one.metric: one.value for one in scores}
+    assert found == {
+        "oIoU": expected.oiou,
+        "mIoU": expected.miou,
+        **{f"Pr@{k}": value for k, value in expected.precision_at.items()},
+    }
+
+
+def test_a_file_scores_as_the_evaluation_that_wrote_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("RIS_BENCH_CACHE", str(tmp_path / "cache"))
+    evaluated({"scenes": {"num_train": 1, "num_eval": 6}}, "testA", tmp_path, tmp_path)
+
+
+@pytest.mark.skipif(not SLICE.is_dir(), reason="the slice of real RefCOCOg is not there")
+def test_a_file_of_real_photos_scores_as_the_evaluation_that_wrote_it(tmp_path):
+    evaluated("refcocog-google", "val", SLICE, tmp_path)
 
 
 @pytest.mark.skipif(not SLICE.is_dir(), reason="the slice of real RefCOCOg is not there")

@@ -43,13 +43,13 @@ def _call(args: argparse.Namespace) -> int:
         choice = DATASETS.resolve(args.dataset, {})
     if choice is None:
         raise UserError(f"{args.checkpoint} does not say what it was trained on: name a data set with --dataset")
-    dataset, options = DATASETS.build(choice), dict(choice.options)
+    dataset, options = DATASETS.build(choice), {choice.name: dict(choice.options)} if choice.options else None
 
     def report(done: int, total: int) -> None:
         print(f"\r{done:,} of {total:,} expressions", end="", file=sys.stderr, flush=True)
 
     number = predict.predict_split(
-        model, dataset, args.split, args.data, args.out, options=options, maps=args.maps, report=report
+        model, dataset, args.split, args.data, args.out, dataset_options=options, maps=args.maps, report=report
     )
     print(file=sys.stderr)
     print(f"{args.out}: {number:,} predictions; ris-bench score {args.out} --data {args.data} scores them")
