@@ -85,6 +85,32 @@ MEMORY = {
         "read_pickle(folder / 'a.p')",
         "a.p is damaged",
     ),
+    **{
+        f"a pickle that {what}": (
+            f"(folder / 'a.p').write_bytes({content!r})\nprint(read_pickle(folder / 'a.p'))",
+            answer,
+        )
+        for what, content, answer in (
+            ("remembers under a large number", b"\x80\x02]r\xff\xff\xff\x7f.", "[]"),
+            ("remembers under a large number in letters", b"\x80\x02]p2147483647\n.", "[]"),
+            ("says it has many bytes", b"\x80\x05\x96\x00\x00\x00\x80\x00\x00\x00\x00abc.", "a.p is damaged"),
+            ("has an integer of 2 GB", b"\x80\x02\x8b\xff\xff\xff\x7fabc.", "a.p is damaged"),
+            ("says it has a long frame", b"\x80\x04\x95" + bytes(4) + b"\x00\x01\x00\x00].", "[]"),
+        )
+    },
+    "a pickle of a gigabyte": (
+        "with (folder / 'a.p').open('wb') as file:\n    file.truncate(1 << 30)\nread_pickle(folder / 'a.p')",
+        "a.p is refused: it has more than 268,435,456 bytes",
+    ),
+    "ids that hold each other many times over": (
+        "(folder / 'd').mkdir()\n(folder / 'images/train2014').mkdir(parents=True)\n"
+        "(folder / 'd/instances.json').write_text('{}')\n"
+        "import pickle\na, b = [], []\nfor _ in range(60):\n    a, b = [a, a], [b, b]\n"
+        "refs = [{'ref_id': a}, {'ref_id': b}]\n"
+        "(folder / 'd/refs(unc).p').write_bytes(pickle.dumps(refs))\n"
+        "ReferDataset('d', 'd', 'unc', 17, ('val',)).read(folder, 'val')",
+        "is not in the REFER layout (TypeError: 'list' object cannot be interpreted as an integer)",
+    ),
 }
 
 

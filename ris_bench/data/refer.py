@@ -8,6 +8,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ def join(name: str, refs: Any, instances: Any, image_folder: Path, where: str) -
     `where` ends the message about a referent that points to nothing: the file that lacks it, and what to do. Whatever
     KeyError, TypeError, ... comes out of another layout is the caller's to explain.
     """
-    refs = sorted(refs, key=lambda ref: ref["ref_id"])
+    # An id has to be an integer: to compare lists that hold each other many times over would take for ever.
+    refs = sorted(refs, key=lambda ref: index(ref["ref_id"]))
     images = {image["id"]: image for image in instances["images"]}
     annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
     categories = {category["id"]: category["name"] for category in instances["categories"]}
@@ -109,9 +111,10 @@ def join(name: str, refs: Any, instances: Any, image_folder: Path, where: str) -
     parts: dict[str, Part] = {}
     known = set()
     for ref in refs:
-        part = parts.setdefault(ref["split"], Part(image_folder))
+        index(ref["image_id"])
+        part = parts.setdefault(str.__str__(ref["split"]), Part(image_folder))
         who = f"referent {reprlib.repr(ref['ref_id'])} of {name}"
-        listed = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+        listed = [index(one) for one in (ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]])]
         ann_ids = [] if ref["ann_id"] == [NO_TARGET] else listed
         image, objects = images.get(ref["image_id"]), [annotations.get(ann_id) for ann_id in ann_ids]
         if image is None or any(one is None or one["image_id"] != ref["image_id"] for one in objects):
@@ -141,13 +144,13 @@ def _samples(
 ) -> Iterator[Sample]:
     segmentation = united([one["segmentation"] for one in objects])
     first, *further = [one["id"] for one in objects] or [NO_TARGET]
-    for index, sentence in enumerate(ref["sentences"]):
+    for position, sentence in enumerate(ref["sentences"]):
         yield Sample(
             dataset=name,
             split=ref["split"],
             ref_id=ref["ref_id"],
             sent_id=sentence["sent_id"],
-            sentence_index=index,
+            sentence_index=position,
             image_id=ref["image_id"],
             ann_id=first,
             category="+".join(dict.fromkeys(filter(None, (categories[one["category_id"]] for one in objects)))),

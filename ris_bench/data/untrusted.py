@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -11,9 +12,16 @@ from typing import Any
 
 from ris_bench.errors import UserError
 
+MOST_BYTES = 2**28
+"""Of a pickle; those of RefCOCO have 15 MB. A byte can ask for a container of 200."""
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits what needs no import: builtin containers, numbers and strings. Nothing is ever called."""
+
+class _PlainUnpickler(pickle._Unpickler):
+    """Admits what needs no import: builtin containers, numbers and strings. Nothing is ever called.
+
+    It is the reader in Python that the standard library falls back on. The one in C makes a table as long as the
+    greatest number under which the file remembers a thing, which five bytes can set to 34 GB.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         raise UserError(f"it would load {module}.{name}")
@@ -22,8 +30,10 @@ class _PlainUnpickler(pickle.Unpickler):
 def read_pickle(path: Path) -> Any:
     """The plain data of a pickle, also of Python 2. Raises UserError where it is damaged or would import anything."""
     try:
-        with path.open("rb") as file:
-            return _PlainUnpickler(file, encoding="latin1").load()  # Written by Python 2.
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"it has more than {MOST_BYTES:,} bytes")
+        # From memory, which gives no more than there is, however much is asked for. Written by Python 2.
+        return _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
     except UserError as error:
         raise UserError(f"{path} is refused: {error}, and only plain data is read; use the original file") from None
     except Exception as error:  # A damaged pickle can raise almost anything.
