@@ -300,7 +300,7 @@ def _cells(group: Group, several: bool) -> Iterator[str]:
         # Names come from files: none becomes a link, or code, or a command to a terminal.
         text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in label)
         text = text if len(text) <= LETTERS else f"{text[: LETTERS - 3]}..."
-        yield escaped(text).replace("[", "\\[").replace("`", "\\`")
+        yield escaped(text)
     yield f"{group.num_expressions:,}"
     for score in (group.miou, group.oiou, group.precision):
         yield f"{100 * score:.2f}"

@@ -94,10 +94,10 @@ class Comparisons:
         headers, lines, above = self.headers(), [], []
         for labels, cells in self.lines():
             shared = len(os.path.commonprefix([labels[:-1], above]))
-            lines.append([*[""] * shared, *labels[shared:], *cells])
+            lines.append([*[""] * shared, *map(escaped, labels[shared:]), *cells])
             above = labels[:-1]
         table = tabulate(
-            [map(escaped, line) for line in lines],
+            lines,
             headers=[*map(escaped, headers), *NUMBERS],
             tablefmt="pipe",
             colalign=(*("left" for _ in headers), *("right" for _ in NUMBERS)),
