@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import permutations, product
 from pathlib import Path
@@ -14,7 +14,7 @@ from ris_bench.backbones.base import BACKBONES
 from ris_bench.data.dataset import DATASETS, Dataset
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
-from ris_bench.layout import read_layout
+from ris_bench.layout import read_layout, standing
 from ris_bench.located import Located, read
 from ris_bench.methods.base import METHODS
 from ris_bench.plan import NAME, Experiment, Run, read_text
@@ -49,14 +49,15 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
     choose = _chosen(top["choose"], grids[0]) if "choose" in top else ()
     runs = _runs(defaults, grids, choose)
     axes = _union(grids)
-    table = read_layout(top["table"], {key: axes[key] for key in axes if key not in choose}, choose, runs)
+    table = read_layout(top["table"], {key: axes[key] for key in axes if key not in choose}, choose, runs, _resolve)
     for assignment in assignments:
         defaults, grids = _assign(assignment, defaults, grids)
     if assignments:
         runs, axes = _runs(defaults, grids, choose), _union(grids)
         # A column about values that are no longer there has nothing to show.
         kept = (c for c in table.columns if all(label in axes[axis] for axis, label in c.where.items()))
-        table = replace(table, columns=tuple(kept))
+        stands_for = standing(table.published, table.rows, runs, _resolve)
+        table = replace(table, columns=tuple(kept), stands_for=stands_for)
     return Experiment(
         name=_name(top["name"]),
         title=top["title"].typed(str, "title"),
@@ -152,6 +153,10 @@ def _rules(trial: Trial, dataset: Dataset) -> Iterator[tuple[str, bool, str]]:
     yield "eval.splits", known, f"splits of {dataset.name}, each also as SPLIT/shuffled: {splits}"
     yield "eval.splits", len(set(evaluation.splits)) == len(evaluation.splits), "without repetition"
     yield "seed", 0 <= trial.seed < 2**32, "from 0 to 4294967295"
+
+
+def _resolve(kind: str, name: str, options: Mapping[str, Any]) -> Choice:
+    return CHOICES[kind].resolve(name, options)
 
 
 def _resolved(key: str, item: Located) -> Any:

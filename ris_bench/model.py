@@ -84,7 +84,13 @@ class RISModel(TwoWays):
             tunable_head=count(self.head, tunable=True),
             moving_statistics=sum(t.numel() for name, t in statistics.items() if "running" in name),
             total=count(self),
+            prompt=self.count_prompt(),
         )
+
+    def count_prompt(self) -> int:
+        """Tunable scalars that stand before the words of a sentence."""
+        prompts = self.backbone.sites("prompt", ("text",))
+        return count(*(getattr(site.parent, site.attr) for site in prompts), tunable=True)
 
 
 def count(*parts: nn.Module, tunable: bool = False) -> int:

@@ -201,10 +201,9 @@ def count_pair(pair: Pair) -> Counts:
     """Count on the meta device: no data, no weights, no memory. Raises UserError for an impossible pair."""
     with torch.device("meta"):
         backbone = BACKBONES.build(pair.backbone, None)
-        prompts = backbone.sites("prompt", ("text",))
         model = RISModel(backbone, METHODS.build(pair.method, backbone), HEADS.build(pair.head, backbone))
     in_backbone = count(model.backbone, model.method, tunable=True)
-    prompt = count(*(getattr(site.parent, site.attr) for site in prompts), tunable=True)
+    prompt = model.count_prompt()
     amounts = {rule: rule.amount(model) for rule in CONVENTIONS.get(_tabulated(pair.backbone.name)[0], ())}
     paper = {"backbone": in_backbone - prompt, "prompt": prompt, "head": count(model.head, tunable=True)}
     for rule, amount in amounts.items():

@@ -19,6 +19,7 @@ from ris_bench.errors import UserError
 from ris_bench.layout import COSTS, COUNTS, METRICS, Column, Layout
 from ris_bench.records import Result, Trial, plain
 from ris_bench.registry import checked
+from ris_bench.report import published
 from ris_bench.results import write_whole
 
 if TYPE_CHECKING:  # it imports torch
@@ -190,6 +191,8 @@ def _parse(shared: Mapping[str, Any], lines: list[Mapping[str, Any]]) -> Experim
         rows=checked(table["rows"], tuple[str, ...], "rows"),
         labels=checked(table["labels"], dict[str, str], "labels"),
         columns=columns,
+        published=checked(table["published"], tuple[str, ...], "published"),
+        stands_for=checked(table["stands_for"], dict[str, tuple[str, ...]], "stands_for"),
     )
     runs = tuple(
         Run(
@@ -204,6 +207,8 @@ def _parse(shared: Mapping[str, Any], lines: list[Mapping[str, Any]]) -> Experim
     named = {*layout.rows, *values["choose"], *(axis for column in columns for axis in column.where)}
     if not (NAME.fullmatch(values["name"]) and layout.rows and named <= set(axes)):
         raise ValueError("a name or an axis that there is not")
+    if unknown := set(layout.published) - set(published.load().tables):
+        raise ValueError(f"no published table {unknown.pop()}")
     if any(list(run.axes) != list(axes) or any(run.axes[a] not in axes[a] for a in axes) for run in runs):
         raise ValueError("a run off the axes")
     if strange := {column.value for column in columns} - {*METRICS, *COUNTS, *COSTS, *axes}:

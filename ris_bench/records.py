@@ -111,6 +111,13 @@ class Params:
     """Elements of the backbone's and method's normalisation statistics that training moves."""
     total: int
     """Every parameter of the model, frozen ones included."""
+    prompt: int | None = None
+    """Of `tunable_backbone`, the vectors that stand before the words of a sentence; None where nobody counted them."""
+
+    @property
+    def tunable(self) -> int:
+        """All with gradient."""
+        return self.tunable_backbone + self.tunable_head
 
 
 @dataclass(frozen=True, kw_only=True)

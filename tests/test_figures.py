@@ -20,7 +20,7 @@ from ris_bench.errors import UserError
 from ris_bench.experiment import Experiment, load
 from ris_bench.predictions import Maps, Prediction, Predictions
 from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial
-from ris_bench.report import drawing, figures, published, sheets
+from ris_bench.report import drawing, figures, sheets
 from ris_bench.results import Store
 
 ROOT = Path(__file__).parent.parent
@@ -112,9 +112,9 @@ def test_every_figure_is_drawn_or_what_it_lacks_is_said(tmp_path):
     assert absent[0].startswith("no figure breakdown-refcoco-category: ")
     for each in drawn:
         # Rows in the order of the table, those without a result named in the caption alone.
-        assert legend(each.figure)[:3] == ["Full Tuning", "Fix Backbone", "lora †"]
+        assert legend(each.figure)[:3] == ["Full Tuning", "Fix Backbone", "lora ∗"]
         assert "Without a result: bridger." in each.caption
-        assert each.figure.legends[0].get_title().get_text() == "† Some of the seeds have no result."
+        assert each.figure.legends[0].get_title().get_text() == "∗ Some of the seeds have no result."
         assert "Means over seeds (0, 1)" in each.caption and "\n" not in each.caption
     scores = [axes.get_ylabel() for each in drawn[:3] for axes in each.figure.axes]
     assert scores == [
@@ -202,9 +202,8 @@ def test_bars_of_a_breakdown(tmp_path):
 def test_published_numbers_are_hollow():
     experiment = load(ROOT / "experiments" / "pet_r101.yaml")
     results = {run.trial.id: done(run.trial, 0.7, 10) for run in experiment.runs if run.trial.method.name == "lora"}
-    paper = published.load().tables["etris_pet_r101"]
     subject = figures.subjects(experiment, results)[0]
-    drawn = figures.parameters(subject, "miou", cited=figures.printed(paper))
+    drawn = figures.parameters(subject, "miou", cited=figures.citations(experiment))
     val, *others = drawn.figure.axes
     hollow = [
         tuple(line.get_xydata()[0])
@@ -220,7 +219,7 @@ def test_published_numbers_are_hollow():
         *("Full Tuning", "Fix Backbone", "Adapter", "Conv-Adapter", "Compacter", "CoOp", "LoRA", "ETRIS"),
         *("Pareto front", "hollow: as published"),
     ]
-    assert "Hollow: as printed (ETRIS, Comparison with previous PET methods" in drawn.caption
+    assert "Hollow: as the paper prints it." in drawn.caption
 
 
 def hostile(experiment: Experiment) -> Experiment:
@@ -234,7 +233,7 @@ def test_no_label_is_a_command(tmp_path):
     written = figures.write(experiment, known(experiment), tmp_path / "out")
     svg = written[0].read_text(encoding="utf-8")
     texts = ["".join(text.itertext()) for text in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
-    assert f"{SAFE}" in texts and "_" in texts and f"{'w' * 39}… †" in texts
+    assert f"{SAFE}" in texts and "_" in texts and f"{'w' * 39}… ∗" in texts
     assert "<script" not in svg and "\u202e" not in svg
 
 

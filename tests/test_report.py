@@ -146,7 +146,7 @@ def test_what_is_no_result_is_named_and_left_out(bench, tmp_path):
     ):
         path.write_text(content)
         code, out, err = bench("report", "stand_in.yaml", *FILES)
-        assert code == 0 and rows(out)["LoRA"] == ["**62.50** †", "12.50 †"]
+        assert code == 0 and rows(out)["LoRA"] == ["**62.50** ∗", "12.50 ∗"]
         assert rows(out)["frozen"] == ["31.25 ± 8.84", "12.50 ± 0.00"]
         assert err.splitlines()[0].startswith(f"warning: {path} is left out: {message}")
         assert err.splitlines()[1:] == [f"warning: without a result: {ids['lora', 0]}"]
@@ -157,7 +157,7 @@ def test_what_is_no_result_is_named_and_left_out(bench, tmp_path):
     record["scores"]["val"] = json.loads(text)["scores"]["val"] | {"precision_at": {}}
     path.write_text(json.dumps(record))
     code, out, err = bench("report", "stand_in.yaml", *FILES)
-    assert (code, err, rows(out)["LoRA"]) == (0, "", ["**56.25** ± 8.84", "12.50 †"])
+    assert (code, err, rows(out)["LoRA"]) == (0, "", ["**56.25** ± 8.84", "12.50 ∗"])
 
 
 def test_sound_results_of_other_experiments_are_not_named(bench):

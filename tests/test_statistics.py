@@ -390,9 +390,9 @@ def test_bad_files_are_named_and_left_out(bench, tmp_path, recwarn):
     assert told[0][1] == "(ValueError: the scores of testA are not those of result.json)"
     lora, bridger, coop, *_ = rows(out)[1:]
     # One seed is left of LoRA, the second, and of Bridger the last two, which are 0.05 better in every method.
-    assert lora[4] == "+5.00 †" and lora[8:] == ["– / 0.10", "–"]
-    assert bridger[4] == "+10.05 †" and coop[4] == "+0.00"
-    assert "- † Some of the seeds have no result.\n" in out
+    assert lora[4] == "+5.00 ∗" and lora[8:] == ["– / 0.10", "–"]
+    assert bridger[4] == "+10.05 ∗" and coop[4] == "+0.00"
+    assert "- ∗ Some of the seeds have no result.\n" in out
 
 
 def test_a_checkpoint_that_was_selected_on_a_test_split_is_marked(bench, tmp_path):

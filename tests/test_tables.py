@@ -112,7 +112,7 @@ MARKDOWN = """\
 |:---------------|-------------:|-------------------:|---------------------:|--------------------:|--------------:|
 | \\[Full] 5%     |       120.74 |       51.00 ± 1.00 |         60.00 ± 0.00 |      **40.0** ± 0.0 | 2,000 ± 1,000 |
 | \\*Fix_Backbone |     **0.00** |       51.00 ± 0.00 |     **61.00** ± 0.00 |      **40.0** ± 0.0 |    **50** ± 0 |
-| lora           |         0.03 |        **70.00** † |              10.00 † |              failed |          60 † |
+| lora           |         0.03 |        **70.00** ∗ |              10.00 ∗ |              failed |          60 ∗ |
 | A\\|B           |            – |                  – |                    – |                   – |             – |
 
 - mIoU: mean over expressions of intersection / union; oIoU: sum of intersections / sum of unions. In percent, by the \
@@ -124,7 +124,7 @@ probability is greater than 0.35.
 - Expressions: refcoco val 10, refcoco testA 10, refcoco+ val 10, refcoco+ testA 10.
 - Commit 1a2b3c4, 1a2b3c4 with uncommitted changes; fp16 on a GPU; 2026-03-04 to 2026-03-05.
 - 13 of 24 trials done, 5 failed, 6 not run.
-- † Some of the seeds have no result.
+- ∗ Some of the seeds have no result.
 """
 
 LATEX = r"""\begin{table}[t]
@@ -139,7 +139,7 @@ Method & Params (M) & val & testA & val & Seconds \\
 \midrule
 {[}Full] 5\% & 120.74 & \underline{51.00} $\pm$ 1.00 & \underline{60.00} $\pm$ 0.00 & \textbf{40.0} $\pm$ 0.0 & 2,000 $\pm$ 1,000 \\
 {*}Fix\_Backbone & \textbf{0.00} & \underline{51.00} $\pm$ 0.00 & \textbf{61.00} $\pm$ 0.00 & \textbf{40.0} $\pm$ 0.0 & \textbf{50} $\pm$ 0 \\
-lora & \underline{0.03} & \textbf{70.00}$^\dagger$ & 10.00$^\dagger$ & failed & \underline{60}$^\dagger$ \\
+lora & \underline{0.03} & \textbf{70.00}$^\ast$ & 10.00$^\ast$ & failed & \underline{60}$^\ast$ \\
 A\textbar{}B & -- & -- & -- & -- & -- \\
 \bottomrule
 \end{tabular}
@@ -153,7 +153,7 @@ Trained on train; checkpoint selected on val by mIoU.\par
 Expressions: refcoco val 10, refcoco testA 10, refcoco+ val 10, refcoco+ testA 10.\par
 Commit 1a2b3c4, 1a2b3c4 with uncommitted changes; fp16 on a GPU; 2026-03-04 to 2026-03-05.\par
 13 of 24 trials done, 5 failed, 6 not run.\par
-$^\dagger$ Some of the seeds have no result.\par
+$^\ast$ Some of the seeds have no result.\par
 }
 \end{table}
 """  # noqa: E501
@@ -171,10 +171,10 @@ method,column,value,split,mean,std,seeds,wanted,marks,text
 *Fix_Backbone,RefCOCO+,oiou,val,40.001,0,3,3,,40.0
 *Fix_Backbone,Seconds,cost.train_seconds,,50,0,3,3,,50
 lora,Params (M),params.tunable_backbone,,0.032768,,3,3,,0.03
-lora,RefCOCO,miou,val,70,,1,3,†,70.00
-lora,RefCOCO,miou,testA,10,,1,3,†,10.00
+lora,RefCOCO,miou,val,70,,1,3,∗,70.00
+lora,RefCOCO,miou,testA,10,,1,3,∗,10.00
 lora,RefCOCO+,oiou,val,,,0,3,,failed
-lora,Seconds,cost.train_seconds,,60,,1,3,†,60
+lora,Seconds,cost.train_seconds,,60,,1,3,∗,60
 A|B,Params (M),params.tunable_backbone,,,,0,3,,–
 A|B,RefCOCO,miou,val,,,0,3,,–
 A|B,RefCOCO,miou,testA,,,0,3,,–
@@ -450,4 +450,4 @@ def test_scores_of_a_checkpoint_that_was_selected_on_a_test_split_are_marked(tmp
 
 def test_scores_of_leaked_images_are_marked(tmp_path):
     trial = read(tmp_path, sets=("dataset={refcoco: {leakage: allow}}",)).runs[0].trial
-    assert caveats([trial], lacking=False) == "§" and caveats([], lacking=True) == "†"
+    assert caveats([trial], lacking=False) == "§" and caveats([], lacking=True) == "∗"

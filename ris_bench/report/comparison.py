@@ -249,7 +249,7 @@ def _wanted(
     """What the columns of scores are limited to and, for each such limit, the metrics to compare by split."""
     wanted: dict[tuple[tuple[str, str], ...], dict[str, list[str]]] = {}
     known: dict[str, None] = {}
-    for column in (column for column in experiment.table.columns if column.value in METRICS):
+    for column in (column for column in experiment.table.columns if column.value in METRICS and not column.average):
         runs = [run for run in experiment.runs if column.where.items() <= run.axes.items()]
         common = [split for split in runs[0].splits if all(split in run.splits for run in runs)]
         known |= dict.fromkeys(common)

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import fmean, stdev
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,7 @@ from ris_bench.errors import UserError
 from ris_bench.layout import METRICS
 from ris_bench.plan import Experiment, Run
 from ris_bench.protocols import RIS_BENCH
-from ris_bench.records import Result, Trial, tuples
+from ris_bench.records import Result
 from ris_bench.report import breakdowns, published
 from ris_bench.report.drawing import (
     FORMATS,
@@ -54,10 +55,17 @@ class Row:
     """A row of the table, limited as a column is."""
 
     label: str
+    """The last one, as printed."""
+    labels: tuple[str, ...]
     look: Look
     runs: tuple[Run, ...]
     results: tuple[Result, ...]
     """Of those that are done."""
+
+    @property
+    def dataset(self) -> str:
+        """Its name; empty while no value is chosen."""
+        return self.runs[0].trial.dataset.name if self.runs else ""
 
     @property
     def marks(self) -> str:
@@ -120,46 +128,14 @@ class Point(NamedTuple):
         return cls(fmean(known), stdev(known) if len(known) > 1 else 0.0) if known else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Printed:
-    """A row of a paper's table, to be drawn hollow beside the row of ours that stands for it."""
-
-    ours: published.Ours
-    parameters: float
-    """Tunable, of the backbone."""
-    scores: Mapping[published.Score, float]
-    """In percent."""
-    source: str
-
-    def row(self, rows: Iterable[Row]) -> Row | None:
-        """The one row with this backbone, head and method, whose options are what the paper's row says of them.
-
-        None where it fits several: the options that it does not name are defaults, which a file of results cannot tell.
-        """
-        fitting = [row for row in rows if any(self._fits(run.trial) for run in row.runs)]
-        return fitting[0] if len(fitting) == 1 else None
-
-    def _fits(self, trial: Trial) -> bool:
-        names = (trial.backbone.name, trial.head.name, trial.method.name)
-        same = names == (self.ours.backbone, self.ours.head, self.ours.method)
-        return same and tuples(self.ours.options).items() <= dict(trial.method.options).items()
+Cited = Mapping[tuple[str, ...], published.Cited]
+"""Published rows, by the labels of the rows that stand for them."""
 
 
-def printed(table: published.Table) -> list[Printed]:
-    """The rows of a table that something of ours stands for and that tell their parameters and a score.
-
-    A value that could not be confirmed in its source is left out.
-    """
-    found = []
-    for row in (row for row in table.rows if row.ours):
-        cells = {column: cell.text for column, cell in row.cells.items() if cell.text != "-" and not cell.uncertain}
-        scores = {score: float(text) for column, text in cells.items() if (score := table.score(column))}
-        if scores and "params.backbone" in cells:
-            number, unit = re.fullmatch(r"([\d.]+)([KM])", cells["params.backbone"]).groups()
-            number = float(number) * {"K": 1e3, "M": 1e6}[unit]
-            source = f"{table.paper}, {table.caption}"
-            found.append(Printed(ours=row.ours, parameters=number, scores=scores, source=source))
-    return found
+def citations(experiment: Experiment) -> Cited:
+    layout = experiment.table
+    by_name = {row.name: row for row in published.rows(layout.published)}
+    return {labels: by_name[name] for name, labels in layout.stands_for.items()}
 
 
 def subjects(experiment: Experiment, results: Mapping[str, Result]) -> list[Subject]:
@@ -188,6 +164,7 @@ def subjects(experiment: Experiment, results: Mapping[str, Result]) -> list[Subj
             known = (results[run.trial.id] for run in runs if run.trial.id in results)
             row = Row(
                 label=clean(layout.labels.get(labels[-1], labels[-1])),
+                labels=labels,
                 look=looks[labels[-1]],
                 runs=tuple(runs),
                 results=tuple(result for result in known if result.status == "done"),
@@ -208,16 +185,14 @@ def draw(
     experiment: Experiment,
     results: Mapping[str, Result],
     store: Store | None = None,
-    paper: published.Table | None = None,
 ) -> tuple[list[Drawing], list[str]]:
     """Every figure for which there are results, and for each of the others a line that says what it lacks.
 
     Args:
         results: by trial id; some may be missing, and there may be others.
         store: where the expressions.parquet of the trials lie; without it there are no breakdowns.
-        paper: the table whose numbers are shown beside those that were measured.
     """
-    cited = printed(paper) if paper else []
+    cited = citations(experiment)
     drawn: list[Drawing] = []
     absent: list[str] = []
 
@@ -247,18 +222,17 @@ def write(
     results: Mapping[str, Result],
     folder: Path,
     store: Store | None = None,
-    paper: published.Table | None = None,
     formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
     """Write what `draw` draws; each file appears whole or not at all. Warns of what it does not draw."""
-    drawn, absent = draw(experiment, results, store, paper)
+    drawn, absent = draw(experiment, results, store)
     for line in absent:
         warnings.warn(line, stacklevel=2)
     return [path for drawing in drawn for path in save(drawing, folder, formats)]
 
 
 @styled()
-def parameters(subject: Subject, metric: str, name: str = "", *, cited: Sequence[Printed] = ()) -> Drawing:
+def parameters(subject: Subject, metric: str, name: str = "", *, cited: Cited = MappingProxyType({})) -> Drawing:
     """A metric against the tunable parameters of the backbone, with the Pareto front of what was measured."""
     splits = subject.metrics[metric]
 
@@ -266,17 +240,17 @@ def parameters(subject: Subject, metric: str, name: str = "", *, cited: Sequence
         return result.params and result.params.tunable_backbone
 
     figure, panels = make_panels(len(subject.panels), len(splits), sharey="row")
-    shown, counts, hollow = [], [], {}
+    shown, counts, hollow = [], [], []
     for axes_row, group in zip(panels, subject.panels, strict=True):
         for axes, split in zip(axes_row, splits, strict=True):
-            for one in cited:
-                row = one.row(group.rows)
-                score = row and published.Score(row.runs[0].trial.dataset.name, split, metric)
-                if score in one.scores:
+            for row in (row for row in group.rows if row.labels in cited):
+                score = published.Score.of(row.dataset, split, metric)
+                printed = [cited[row.labels].cells.get(key) for key in ("params.backbone", score)]
+                if all(cell and cell.number is not None and not cell.uncertain for cell in printed):
                     look = {"marker": row.look.marker, "ms": row.look.size, "mfc": "white", "mec": row.look.colour}
-                    axes.plot(one.parameters, one.scores[score], zorder=3, **look)
-                    counts.append(one.parameters)
-                    hollow.setdefault(one.source, []).append(row)
+                    axes.plot(*(cell.number for cell in printed), zorder=3, **look)
+                    counts.append(printed[0].number)
+                    hollow.append(row)
             shown += _scatter(axes, group.rows, count, partial(_score, metric=metric, split=split))
             counts += [point.value for row in group.rows if (point := _mean(row, count))]
             _title(axes, group.title, subject.header, split)
@@ -287,13 +261,13 @@ def parameters(subject: Subject, metric: str, name: str = "", *, cited: Sequence
     extra = [(Line2D([], [], color="0.55", linewidth=1, drawstyle="steps-post"), "Pareto front")]
     if hollow:
         extra.append((Line2D([], [], linestyle="", marker="o", mfc="white", mec="0.3"), "hollow: as published"))
-    _finish(figure, subject, shown, _markers, extra, beside=[row for rows in hollow.values() for row in rows])
+    _finish(figure, subject, shown, _markers, extra, beside=hollow)
     caption = (
         f"{METRICS[metric]} against the tunable parameters of the backbone. The line is the Pareto front: what no "
         "other row exceeds with as few parameters."
     )
     caption += " Rows that tune none stand left of the break of the axis." if 0 in counts else ""
-    caption += f" Hollow: as printed ({'; '.join(hollow)})." if hollow else ""
+    caption += " Hollow: as the paper prints it." if hollow else ""
     return Drawing(name=name, figure=figure, caption=_caption(caption, subject, shown, spread="Bars"))
 
 

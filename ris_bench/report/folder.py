@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 FORMATS = {
     "md": "table.md, and comparison.md where there is one",
-    "tex": "table.tex, which needs booktabs",
+    "tex": "table.tex, which needs booktabs and, where it is wide, graphicx",
     "csv": "table.csv, for pandas",
     "svg": "figures/*.svg",
     "png": "figures/*.png",

@@ -199,8 +199,8 @@ def _results_table(experiment: Experiment, results: Mapping[str, Result], compar
             )
             for leaf, cell in zip(body.leaves, cells, strict=True)
         ]
-        rows.append(_Row([*map(_Cell, labels), *printed], "starts" if labels[:-1] != above else ""))
-        above = labels[:-1]
+        rows.append(_Row([*map(_Cell, labels), *printed], "starts" if labels[: body.outer] != above else ""))
+        above = labels[: body.outer]
     return _Table(id="table", caption=experiment.title, columns=columns, rows=rows, notes=notes)
 
 

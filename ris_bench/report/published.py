@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
 from functools import cache
@@ -25,12 +25,34 @@ class Cell(NamedTuple):
     uncertain: bool
     """Whether reading or place could not be confirmed: to be shown with a dagger."""
 
+    @property
+    def unit(self) -> int:
+        """What stands for K or M at the end of a count."""
+        return {"K": 10**3, "M": 10**6}.get(self.text[-1], 1)
+
+    @property
+    def number(self) -> float | None:
+        """In ones, or in percent; None of a dash. "150.21+M" is its lower bound."""
+        return None if self.text == "-" else float(self.text.rstrip("KM").rstrip("+")) * self.unit
+
 
 class Score(NamedTuple):
     """What a column of scores measures here."""
 
     dataset: str
     split: str
+    metric: str
+
+    @classmethod
+    def of(cls, dataset: str, split: str, metric: str) -> Score:
+        """That of a trial; where its data set is a mixture, a split is that of a part: "testA/refcoco"."""
+        own, _, part = split.partition("/")
+        return cls(part or dataset, own, metric)
+
+
+class Average(NamedTuple):
+    """What a column shows that is the mean over the others."""
+
     metric: str
 
 
@@ -61,6 +83,8 @@ class Row:
     about: Mapping[str, str]
     """What the paper says of the row beside its numbers: venue, backbone, group."""
     ours: Ours | None
+    cited: bool
+    """Whether the scores are as another paper printed them, so that their metric may be another one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +106,39 @@ class Table:
         dataset, slash, split = place.partition("/")
         return Score(dataset, split, metric or self.computes or "") if slash else None
 
+    def shows(self, column: str) -> Score | Average | str:
+        """The same, an average, or the name of a count."""
+        return self.score(column) or (Average(self.computes or "") if column == "avg" else column)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
     papers: Mapping[str, Paper]
     tables: Mapping[str, Table]
+
+
+class Cited(NamedTuple):
+    """A row of one published table, or of several that have a row of this name."""
+
+    name: str
+    about: Mapping[str, str]
+    ours: Ours | None
+    cells: Mapping[Score | Average | str, Cell]
+    """By what their columns show."""
+    cited: bool
+
+
+def rows(tables: Sequence[str]) -> list[Cited]:
+    """The rows of published tables, by name: those of a name are one row."""
+    merged: dict[str, Cited] = {}
+    for table in (load().tables[name] for name in tables):
+        for row in table.rows:
+            about, ours, cells, cited = merged.get(row.name, Cited(row.name, {}, None, {}, False))[1:]
+            own = {table.shows(column): cell for column, cell in row.cells.items()}
+            merged[row.name] = Cited(
+                row.name, {**about, **row.about}, ours or row.ours, {**cells, **own}, cited or row.cited
+            )
+    return list(merged.values())
 
 
 @cache
@@ -101,18 +153,22 @@ def load() -> Published:
 
 def _table(name: str, item: Located) -> Table:
     required = ("paper", "caption", "columns", "rows")
-    items = item.keys(name, (*required, "prints", "computes", "notes"), required)
+    items = item.keys(name, (*required, "prints", "computes", "notes", "cited"), required)
     columns = items["columns"].typed(tuple[str, ...], "columns")
+    written = items["rows"].mapping("rows")
+    cited = items["cited"].typed(tuple[str, ...], "cited") if "cited" in items else ()
+    if unknown := set(cited) - set(written):
+        raise items["cited"].error(f"{name} has no row {unknown.pop()!r}")
     return Table(
         columns=columns,
-        rows=tuple(_row(key, row, columns) for key, row in items["rows"].mapping("rows").items()),
+        rows=tuple(_row(key, row, columns, key in cited) for key, row in written.items()),
         notes=items["notes"].typed(tuple[str, ...], "notes") if "notes" in items else (),
         **{key: items[key].typed(str, key) for key in ("paper", "caption")},
         **{key: items[key].typed(str, key) if key in items else None for key in ("prints", "computes")},
     )
 
 
-def _row(name: str, item: Located, columns: tuple[str, ...]) -> Row:
+def _row(name: str, item: Located, columns: tuple[str, ...], cited: bool) -> Row:
     items = item.keys(name, ("values", "about", "ours"), ("values",))
     values = items["values"].typed(str, "values").split()
     if len(values) != len(columns):
@@ -124,6 +180,7 @@ def _row(name: str, item: Located, columns: tuple[str, ...]) -> Row:
         },
         about=items["about"].plain() if "about" in items else {},
         ours=items["ours"].record(Ours, "ours") if "ours" in items else None,
+        cited=cited,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 import re
 import unicodedata
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from ris_bench.layout import COSTS, COUNTS, METRICS, Column
+from ris_bench.layout import COSTS, COUNTS, METRICS, PUBLISHED_COUNTS, Column
 from ris_bench.protocols import RIS_BENCH
 from ris_bench.records import Result, Trial
+from ris_bench.report import published
 from ris_bench.results import write_whole
 
 if TYPE_CHECKING:  # it imports torch, with the methods that it names
@@ -33,10 +35,13 @@ DEFINITIONS = {
 
 
 MARKS = {
-    "†": "Some of the seeds have no result.",
+    "∗": "Some of the seeds have no result.",
     "‡": "The checkpoint was selected on a test split.",
     "§": "Images of evaluated splits were left in the training split.",
+    "†": "Published, but not confirmed in its source.",
+    "¶": "Published as another paper has it: mIoU or oIoU, whatever the column is.",
 }
+SOURCES = ("published", "measured")
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,29 @@ class _Leaf:
         share = scores.precision_at.get(threshold) if threshold else getattr(scores, metric)
         return None if share is None else 100 * share
 
+    def shows(self, experiment: Experiment) -> published.Score | published.Average | str | None:
+        """What a published column would have to show to stand beside it; None where none could."""
+        value = self.column.value
+        if self.column.average:
+            return published.Average(value)
+        if value not in METRICS:
+            return next((name for name, own in PUBLISHED_COUNTS.items() if own == value), None)
+        runs = [run for run in experiment.runs if self.column.where.items() <= run.axes.items()]
+        scores = {published.Score.of(run.trial.dataset.name, self.split, value) for run in runs}
+        return scores.pop() if len(scores) == 1 else None
+
+    def cite(self, cited: published.Cited, experiment: Experiment) -> _Cell:
+        """The cell of a published row, in the unit of the column."""
+        shown = self.shows(experiment)
+        cell = cited.cells.get(shown)
+        if cell is None or cell.number is None:
+            return _Cell("–")
+        scale = self.column.scale or 1
+        marks = ("†" if cell.uncertain else "") + ("¶" if cited.cited and not isinstance(shown, str) else "")
+        # Without its unit where the column has the same: "120.74M" in millions is 120.74.
+        text = cell.text.rstrip("KM") if math.isclose(cell.unit * scale, 1) else cell.text
+        return _Cell(text, cell.number * scale, marks=marks)
+
 
 @dataclass(frozen=True)
 class _Cell:
@@ -116,19 +144,18 @@ class _Cell:
 class _Body:
     axes: tuple[str, ...]
     """Of the labels."""
+    corner: tuple[str, ...]
+    """Headers of the labels."""
     leaves: tuple[_Leaf, ...]
     rows: tuple[tuple[tuple[str, ...], tuple[_Cell, ...]], ...]
     """Labels and cells."""
-
-    @property
-    def corner(self) -> tuple[str, ...]:
-        """Headers of the labels."""
-        return corner(self.axes)
+    outer: int
+    """So many labels are shared by the rows of a group."""
 
     def groups(self) -> Iterator[list[tuple[list[str], tuple[_Cell, ...]]]]:
-        """The rows that share all labels but the last; a label is blank where the row above it has the same."""
+        """The rows of every group; a label is blank where the row above it has the same."""
         above: tuple[str, ...] = ()
-        for _, rows in groupby(self.rows, key=lambda row: row[0][:-1]):
+        for _, rows in groupby(self.rows, key=lambda row: row[0][: self.outer]):
             group = []
             for labels, cells in rows:
                 shared = len(os.path.commonprefix([labels[:-1], above]))
@@ -163,22 +190,63 @@ def lay_out(
     keys = [labels for labels in product(*(experiment.axes[axis] for axis in layout.rows)) if labels in had]
     by_leaf = []
     for leaf in leaves:
+        parts = [other for other in leaves if leaf.column.average and _averaged(other, leaf)]
         runs = [run for run in reported if leaf.column.where.items() <= run.axes.items()]
         cells = []
         for _, group in groupby(keys, key=lambda labels: labels[:-1]):
             wanted = [dict(zip(layout.rows, labels, strict=True)) for labels in group]
-            found = [_cell(leaf, [run for run in runs if row.items() <= run.axes.items()], results) for row in wanted]
+            found = [
+                _cell(leaf, [run for run in runs if row.items() <= run.axes.items()], results, parts) for row in wanted
+            ]
             if compared:
                 earned = [_earned(leaf, row, compared) for row in wanted]
                 found = [replace(cell, marks=mark + cell.marks) for cell, mark in zip(found, earned, strict=True)]
             cells += _with_best(leaf, found)
         by_leaf.append(cells)
-    rows = tuple(
-        (tuple(layout.labels.get(label, label) for label in labels), cells)
-        for labels, cells in zip(keys, zip(*by_leaf, strict=True), strict=True)
-    )
-    body = _Body(layout.rows, leaves, rows)
+    measured = dict(zip(keys, zip(*by_leaf, strict=True), strict=True))
+    body = (_beside if layout.published else _alone)(experiment, leaves, measured)
     return body, list(_notes(experiment, results, body, compared))
+
+
+Measured = Mapping[tuple[str, ...], tuple[_Cell, ...]]
+"""Cells of the rows of an experiment, by their labels on the axes."""
+
+
+def _alone(experiment: Experiment, leaves: tuple[_Leaf, ...], measured: Measured) -> _Body:
+    layout = experiment.table
+    rows = tuple((_printed(layout.labels, labels), cells) for labels, cells in measured.items())
+    return _Body(layout.rows, corner(layout.rows), leaves, rows, len(layout.rows) - 1)
+
+
+def _beside(experiment: Experiment, leaves: tuple[_Leaf, ...], measured: Measured) -> _Body:
+    """The rows of the published tables, in their order, each above what stands for it here; then what is only here."""
+    layout, rows, left = experiment.table, [], dict(measured)
+    cited = published.rows(layout.published)
+    about = sorted(dict.fromkeys(key for row in cited for key in row.about), key=lambda key: key != "group")
+    outer = about[:1] if about[:1] == ["group"] else []
+    inner = [key for key in about if key not in outer]
+
+    def described(facts: Mapping[str, str], names: Sequence[str], source: str) -> tuple[str, ...]:
+        return (*(facts.get(key, "") for key in outer), *names, *(facts.get(key, "") for key in inner), source)
+
+    for row in cited:
+        labels = layout.stands_for.get(row.name)
+        blanks = [""] * (len(layout.rows) - 1)
+        names = _printed(layout.labels, labels) if labels in left else [row.name, *blanks]
+        rows.append((described(row.about, names, SOURCES[0]), tuple(leaf.cite(row, experiment) for leaf in leaves)))
+        if labels in left:
+            rows.append((described(row.about, names, SOURCES[1]), left.pop(labels)))
+    last = {key: rows[-1][0][0] for key in outer}
+    for labels, cells in left.items():
+        rows.append((described(last, _printed(layout.labels, labels), SOURCES[1]), cells))
+    axes = (*(f"about.{key}" for key in outer), *layout.rows, *(f"about.{key}" for key in inner), "numbers")
+    named = ["Method"] if len(layout.rows) == 1 else corner(layout.rows)
+    titles = (*map(str.capitalize, outer), *named, *map(str.capitalize, inner), "Numbers")
+    return _Body(axes, titles, leaves, tuple(rows), len(outer))
+
+
+def _printed(texts: Mapping[str, str], labels: Iterable[str]) -> tuple[str, ...]:
+    return tuple(texts.get(label, label) for label in labels)
 
 
 def write(table: Table, folder: Path) -> None:
@@ -187,13 +255,22 @@ def write(table: Table, folder: Path) -> None:
         write_whole(folder / f"table.{suffix}", text)
 
 
-def _cell(leaf: _Leaf, runs: Sequence[Run], results: Mapping[str, Result]) -> _Cell:
+def _averaged(part: _Leaf, average: _Leaf) -> bool:
+    """Whether a column is one of those that an average is of."""
+    column = part.column
+    return column.value == average.column.value and not column.average and not part.split.endswith("/shuffled")
+
+
+def _cell(leaf: _Leaf, runs: Sequence[Run], results: Mapping[str, Result], parts: Sequence[_Leaf]) -> _Cell:
     value = leaf.column.value
     if value not in (*METRICS, *COUNTS, *COSTS):
         return _Cell(" / ".join(_distinct(run.axes[value] for run in runs)) or "–")
     wanted = len({run.trial.seed for run in runs})
     known = [results[run.trial.id] for run in runs if run.trial.id in results]
     measured = [(result.trial.seed, number) for result in known if (number := leaf.measure(result)) is not None]
+    expected = len(runs)
+    if leaf.column.average:
+        measured, expected = list(_averages(parts, runs, results)), wanted
     if not measured:
         return _Cell("failed" if any(result.status == "failed" for result in known) else "–", wanted=wanted)
     seeds, numbers = zip(*measured, strict=True)
@@ -209,13 +286,27 @@ def _cell(leaf: _Leaf, runs: Sequence[Run], results: Mapping[str, Result]) -> _C
         text=leaf.format(mean),
         number=mean,
         spread=stdev(numbers) if len(numbers) > 1 else None,
-        marks=caveats(scored, lacking=len(numbers) < len(runs)),
+        marks=caveats(scored, lacking=len(numbers) < expected),
     )
+
+
+def _averages(
+    parts: Sequence[_Leaf], runs: Sequence[Run], results: Mapping[str, Result]
+) -> Iterator[tuple[int, float]]:
+    """Every seed that has a result for all of the columns, and the mean over these."""
+    for seed in dict.fromkeys(run.trial.seed for run in runs):
+        own = [run for run in runs if run.trial.seed == seed and run.trial.id in results]
+        numbers = [
+            next((part.measure(results[r.trial.id]) for r in own if part.column.where.items() <= r.axes.items()), None)
+            for part in parts
+        ]
+        if numbers and None not in numbers:
+            yield seed, fmean(numbers)
 
 
 def caveats(trials: Collection[Trial], *, lacking: bool) -> str:
     """What of MARKS holds for a mean over the scores of these trials, of which it may lack some."""
-    marks = "†" if lacking else ""
+    marks = "∗" if lacking else ""
     marks += "‡" if any(trial.eval.select_on.startswith("test") for trial in trials) else ""
     return marks + ("§" if any(trial.dataset.options.get("leakage") == "allow" for trial in trials) else "")
 
@@ -278,6 +369,7 @@ def _notes(
     if experiment.assignments:
         yield f"Set on the command line: {', '.join(experiment.assignments)}."
     yield from experiment.notes
+    yield from _citations(experiment.table.published)
 
     wanted = experiment.trials(results)
     known = [results[trial.id] for trial in wanted if trial.id in results]
@@ -304,6 +396,22 @@ def _notes(
             f"▲ better, ▼ worse than {compared.against}, beyond what other images (paired bootstrap, corrected after "
             f"Holm for {len(compared.rows)} comparisons) and other seeds would explain."
         )
+
+
+def _citations(names: Sequence[str]) -> Iterator[str]:
+    """Where published numbers come from, and what they are."""
+    found = published.load()
+    for table in (found.tables[name] for name in names):
+        paper = found.papers[table.paper]
+        metric = ""
+        if table.prints:
+            same = table.prints == METRICS[table.computes]
+            but = f"its code computes {METRICS[table.computes]}"
+            metric = f"; it prints {table.prints}" + ("" if same else f", {but}")
+        yield f"Published: {paper.authors}, {paper.venue}, arXiv:{paper.arxiv}, {table.caption!r}{metric}."
+        yield from table.notes
+    if names:
+        yield "Best and second are of what was measured."
 
 
 def _sizes(results: Iterable[Result], splits: Collection[str]) -> Iterator[str]:
@@ -385,6 +493,8 @@ _LATEX = {
     "▲": r"$^\uparrow$",
     "▼": r"$^\downarrow$",
     "−": "$-$",
+    "∗": r"$^\ast$",
+    "¶": r"$^\P$",
     "†": r"$^\dagger$",
     "‡": r"$^\ddagger$",
     "§": r"$^\S$",
@@ -445,24 +555,28 @@ def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
             r"\midrule",
             *(row([*map(_in_latex, labels), *map(printed, body.leaves, cells)]) for labels, cells in group),
         ]
+    columns = len(body.corner) + len(body.leaves)
+    environment = "table*" if columns > 6 else "table"  # over both columns of a page
+    fitted = columns > 8
     return "\n".join(
         [
-            r"\begin{table}[t]",
+            rf"\begin{{{environment}}}[t]",
             r"\centering",
             rf"\caption{{{_in_latex(title)}}}",
             rf"\label{{tab:{label}}}",
+            *([r"\resizebox{\linewidth}{!}{%"] if fitted else []),
             rf"\begin{{tabular}}{{{'l' * len(body.corner)}{'r' * len(body.leaves)}}}",
             r"\toprule",
             *header,
             *lines,
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}" + "}" * fitted,
             "",
             r"\smallskip",
             r"\parbox{\linewidth}{\footnotesize",
             *(rf"{_in_latex(note)}\par" for note in notes),
             "}",
-            r"\end{table}",
+            rf"\end{{{environment}}}",
             "",
         ]
     )
