@@ -13,6 +13,7 @@ import shutil
 import stat
 import struct
 import threading
+import time
 import tracemalloc
 import zipfile
 from collections import namedtuple
@@ -63,6 +64,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/html; charset=utf-8" if fault == "login" else "application/zip")
         self.send_header("ETag", self.server.tag)
         self.end_headers()
+        if fault == "trickle":
+            for byte in body:
+                self.wfile.write(bytes([byte]))
+                time.sleep(0.01)
         if fault == "endless":
             while True:
                 self.wfile.write(body)
@@ -104,6 +109,16 @@ def test_a_download_arrives_whole(faults, size, server, tmp_path) -> None:
     server.faults += faults
     assert fetch(server, tmp_path, size=size) == BODY
     assert len(server.requests) == len(faults) + (faults != ("silent",) and faults != ("cut", "deaf"))
+
+
+def test_a_server_that_sends_byte_by_byte_is_given_up(server, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(download, "WINDOW", 0.2)
+    server.faults += ["trickle"] * download.TRIES
+    with pytest.raises(download.UnavailableError, match="less than 65,536 bytes in 0.2 seconds, and 5 tries"):
+        fetch(server, tmp_path)
+    assert len(server.requests) == download.TRIES
+    server.faults += ["trickle"]  # once only: the rest comes with the next try
+    assert fetch(server, tmp_path) == BODY
 
 
 def test_a_cut_download_goes_on_where_it_was(server, tmp_path) -> None:

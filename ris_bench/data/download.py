@@ -23,6 +23,9 @@ from ris_bench.data.untrusted import shown
 
 TIMEOUT = 30.0
 """Seconds that a server may be silent."""
+WINDOW = 60.0
+"""Seconds in which so many bytes must come as are `LEAST`."""
+LEAST = 64 << 10
 TRIES = 5
 """In a row, none of which brings the file `STEP` bytes further than any before."""
 STEP = 1 << 20
@@ -155,12 +158,17 @@ class _Transfer:
             raise _RefusedError(f"its file has {total:,} bytes{expected}")
         total = self.size if total is None else total
         require_space(self.part.parent, (total or 0) - offset, self.name)
-        done = offset
+        done = before = offset
+        since = time.monotonic()
         with self.part.open("ab" if offset else "wb") as file:
             while done < (MOST if total is None else total) and (chunk := _chunk(response)):
                 file.write(chunk)
                 done += len(chunk)
                 self.report(f"downloading {self.name}", done, total)
+                if time.monotonic() > since + WINDOW:
+                    if done < before + LEAST:
+                        raise _CutError(f"it sends less than {LEAST:,} bytes in {WINDOW:g} seconds")
+                    before, since = done, time.monotonic()
         if total is not None and done != total:
             raise _CutError(f"it ended after {done:,} of {total:,} bytes")
 
@@ -178,7 +186,7 @@ class _Transfer:
 
 def _chunk(response: http.client.HTTPResponse) -> bytes:
     try:
-        return response.read(1 << 16)
+        return response.read1(1 << 16)  # what is there: to wait for all of it could take for ever
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _CutError(_brief(error)) from None
 

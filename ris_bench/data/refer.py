@@ -57,8 +57,9 @@ class ReferDataset(Source):
         if missing:
             raise UserError(
                 f"{self.name} needs {', '.join(missing)}, looked for in {Path(data).resolve()}; give the folder with "
-                "--data DIR (images: train2014.zip of cocodataset.org; annotations: the archives of "
-                "github.com/lichengunc/refer, kept by web.archive.org)"
+                f"--data DIR, or let `ris-bench data prepare {self.name} --data DIR` bring it there (images: "
+                "train2014.zip of cocodataset.org; annotations: the archives of github.com/lichengunc/refer, kept by "
+                "web.archive.org)"
             )
 
     def files(self, data: Path) -> list[Path]:
