@@ -36,6 +36,9 @@ The number of those of the referent's category, missing where that has no name; 
 the one that it overlaps best, by IoU: zeros where there is none.
 """
 
+THRESHOLDS = tuple(k / 20 for k in range(1, 20))
+"""Probabilities above which a pixel could be predicted too; columns such as "intersection@0.05" and "union@0.05"."""
+
 _IDENTITY = ("dataset", "split", "ref_id", "sent_id", "sentence_index", "image_id", "ann_id", "category", "expression")
 
 # Blue and orange of Okabe and Ito, which are told apart with any colour sense.
@@ -46,6 +49,8 @@ def evaluate(
     model: nn.Module,
     samples: Sequence[Sample],
     *,
+    threshold: float,
+    others: Sequence[float] = (),
     report: Callable[[int, int], None] = lambda done, total: None,
     **settings: Any,
 ) -> pd.DataFrame:
@@ -53,22 +58,30 @@ def evaluate(
 
     Args:
         model: as `RISModel`; every module is left in the mode in which it came.
+        threshold: a pixel belongs to the mask where its probability is greater.
+        others: of THRESHOLDS, for each of which intersection and union are counted too.
         report: called with the number of expressions done and their total as the work goes on.
-        settings: those of `masks`.
+        settings: those of `logits`.
 
     Raises FloatingPointError, naming the expression, where a logit is not finite; UserError for a bad image.
     """
     counts_N4 = torch.zeros(len(samples), len(COUNTS), dtype=torch.int64, device=settings["device"])
+    swept_NT2 = torch.zeros(len(samples), len(others), 2, dtype=torch.int64, device=settings["device"])
     beside = {}
     done = 0
     with inference(model):
-        for index, predicted_BHW in masks(model, samples, **settings):
+        for index, map_BHW in maps(model, samples, **settings):
             shown = [samples[i] for i in index]
-            counts_N4[index] = _count(predicted_BHW, shown)
+            predicted_BHW, target_BHW = map_BHW > log_odds(threshold), _targets(shown, map_BHW.device)
+            counts_N4[index] = _count(predicted_BHW, target_BHW)
+            if others:
+                swept_NT2[index] = _sweep(map_BHW, target_BHW, others)
             beside.update(zip(index, _beside(predicted_BHW, shown), strict=True))
             report(done := done + len(index), len(samples))
     columns = {column: [getattr(sample, column) for sample in samples] for column in _IDENTITY}
     columns |= dict(zip(COUNTS, counts_N4.T.cpu().numpy(), strict=True))
+    for one, swept_2N in zip(others, swept_NT2.permute(1, 2, 0).cpu().numpy(), strict=True):
+        columns |= {f"intersection@{one:g}": swept_2N[0], f"union@{one:g}": swept_2N[1]}
     if any(sample.others is not None for sample in samples):
         rows = zip(*(beside[i] for i in range(len(samples))), strict=True)
         columns |= {name: pd.array(row, dtype="Int64") for name, row in zip(BESIDE, rows, strict=True)}
@@ -77,15 +90,22 @@ def evaluate(
 
 def scores(frame: pd.DataFrame, protocol: Protocol = RIS_BENCH) -> Scores:
     """The metrics of the expressions in a table of `evaluate`; ValueError where there are none."""
-    return metrics.scores(frame["intersection"].to_numpy(), frame["union"].to_numpy(), protocol)
+    own = metrics.scores(frame["intersection"].to_numpy(), frame["union"].to_numpy(), protocol)
+    swept = {}
+    for one in (column.partition("@")[2] for column in frame.columns if column.startswith("union@")):
+        each = metrics.scores(frame[f"intersection@{one}"].to_numpy(), frame[f"union@{one}"].to_numpy(), protocol)
+        swept[one] = {"oiou": each.oiou, "miou": each.miou}
+    return replace(own, by_threshold=swept)
 
 
 def write(frames: Mapping[str, pd.DataFrame], path: Path) -> None:
     """All tables in one Parquet file, whole or not at all; `split` becomes the name under which a table is given.
 
-    That is the name reported: "testA/shuffled" is not "testA", though its samples say so.
+    That is the name reported: "testA/shuffled" is not "testA", though its samples say so. Counts of other thresholds,
+    which would be most of the file, are left out.
     """
     table = pd.concat([frame.assign(split=name) for name, frame in frames.items()], ignore_index=True)
+    table = table.drop(columns=[column for column in table.columns if "@" in column])
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         table.to_parquet(temporary, index=False)
@@ -112,7 +132,7 @@ def overlays(
     with inference(model):
         for index, predicted_BHW in masks(model, chosen, **settings):
             shown = [chosen[i] for i in index]
-            intersection_B, union_B, _, _ = _count(predicted_BHW, shown).T.cpu().numpy()
+            intersection_B, union_B, _, _ = _count(predicted_BHW, _targets(shown, predicted_BHW.device)).T.cpu().numpy()
             ious = metrics.iou(intersection_B, union_B, RIS_BENCH)
             for sample, predicted_HW, iou in zip(shown, predicted_BHW.cpu().numpy(), ious, strict=True):
                 path = folder / f"{sample.ref_id}-{sample.sentence_index}.png"
@@ -170,6 +190,12 @@ def masks(
     A pixel belongs to the mask where its probability is greater than `threshold`, in (0, 1). The other settings are
     those of `logits`; it raises as that does.
     """
+    for index, map_BHW in maps(model, samples, **settings):
+        yield index, map_BHW > log_odds(threshold)
+
+
+def maps(model: nn.Module, samples: Sequence[Sample], **settings: Any) -> Iterator[tuple[list[int], Tensor]]:
+    """The same with their logits in the frame of the image, float64."""
     letterbox = Letterbox(model.backbone.image_size)
     for index, logits_BHW in logits(model, samples, **settings):
         groups: dict[Frame, list[int]] = {}
@@ -177,7 +203,7 @@ def masks(
             frame = letterbox.frame(samples[position].height, samples[position].width)
             groups.setdefault(frame, []).append(row)
         for frame, rows in groups.items():
-            yield [index[row] for row in rows], restore(logits_BHW[rows], frame) > log_odds(threshold)
+            yield [index[row] for row in rows], restore(logits_BHW[rows], frame)
 
 
 def forward(
@@ -199,8 +225,8 @@ def log_odds(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def _count(predicted_BHW: Tensor, samples: Sequence[Sample]) -> Tensor:
-    """(B, 4) int64: the `COUNTS` of every sample."""
+def _targets(samples: Sequence[Sample], device: torch.device) -> Tensor:
+    """The masks of samples whose images have one size: bool (B, height, width)."""
     truth: dict[tuple[str, int], np.ndarray] = {}
     for sample in samples:
         # The sentences of a referent share its mask, and to decode it costs more than to compare.
@@ -208,11 +234,29 @@ def _count(predicted_BHW: Tensor, samples: Sequence[Sample]) -> Tensor:
             truth[sample.referent] = sample.mask()
     # pycocotools decodes column by column, and to compare two orders is slow.
     target_BHW = np.array([truth[sample.referent] for sample in samples], dtype=bool, order="C")
-    target_BHW = torch.from_numpy(target_BHW).to(predicted_BHW.device)
+    return torch.from_numpy(target_BHW).to(device)
+
+
+def _count(predicted_BHW: Tensor, target_BHW: Tensor) -> Tensor:
+    """(B, 4) int64: the `COUNTS` of every sample."""
     intersection_B, predicted_B, target_B = (
         mask_BHW.sum((1, 2)) for mask_BHW in (predicted_BHW & target_BHW, predicted_BHW, target_BHW)
     )
     return torch.stack([intersection_B, predicted_B + target_B - intersection_B, predicted_B, target_B], dim=1)
+
+
+def _sweep(map_BHW: Tensor, target_BHW: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """(B, T, 2) int64: intersection and union of every sample at each of some rising thresholds."""
+    bounds_T = torch.tensor([log_odds(one) for one in thresholds], dtype=map_BHW.dtype, device=map_BHW.device)
+    # How many of them a pixel exceeds: every pixel is looked at once, however many there are.
+    levels = len(thresholds) + 1
+    level_BHW = torch.bucketize(map_BHW, bounds_T)
+    level_BHW += levels * torch.arange(len(map_BHW), device=map_BHW.device)[:, None, None]
+    pixels_BT, hits_BT = (
+        torch.bincount(found, minlength=levels * len(map_BHW)).view(-1, levels).flip(1).cumsum(1).flip(1)[:, 1:]
+        for found in (level_BHW.flatten(), level_BHW[target_BHW])
+    )
+    return torch.stack([hits_BT, pixels_BT + target_BHW.sum((1, 2))[:, None] - hits_BT], dim=2)
 
 
 def _beside(predicted_BHW: Tensor, samples: Sequence[Sample]) -> Iterator[tuple[int | None, int | None, int | None]]:

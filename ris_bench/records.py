@@ -98,6 +98,11 @@ class Scores:
     precision_at: Mapping[str, float]
     """Share of expressions whose IoU is greater than the threshold, keyed "0.5" ... "0.9"."""
     num_expressions: int
+    by_threshold: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """What "oiou" and "miou" were if a pixel were predicted above another probability, keyed "0.05" ... "0.95".
+
+    The greatest of them is that of an oracle: a threshold chosen on the split that is scored.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -275,6 +275,7 @@ class _Run:
             model,
             samples,
             **self.settings,
+            others=evaluation.THRESHOLDS,
             num_workers=self.loading_processes,
             report=lambda done, total: self.tell(f"evaluate {split}"),
         )

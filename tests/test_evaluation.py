@@ -122,6 +122,22 @@ def test_restoration_is_two_interpolations(height, width, stride):
     torch.testing.assert_close(restore(map_BHW, frame), expected_BHW, rtol=0, atol=1e-12)
 
 
+def test_other_thresholds_are_counted_as_if_each_were_the_one(samples):
+    swept = evaluation.evaluate(Bright(), samples, **SETTINGS, others=evaluation.THRESHOLDS)
+    assert swept[[column for column in swept if "@" not in column]].equals(
+        evaluation.evaluate(Bright(), samples, **SETTINGS)
+    )
+    scores = evaluation.scores(swept)
+    assert list(scores.by_threshold) == [f"{k / 100:g}" for k in range(5, 100, 5)]
+    for one in (0.05, 0.35, 0.5, 0.95):
+        alone = evaluation.evaluate(Bright(), samples, **{**SETTINGS, "threshold": one})
+        for column in ("intersection", "union"):
+            assert swept[f"{column}@{one:g}"].tolist() == alone[column].tolist()
+        expected = evaluation.scores(alone)
+        assert scores.by_threshold[f"{one:g}"] == {"oiou": expected.oiou, "miou": expected.miou}
+    assert len({str(found) for found in scores.by_threshold.values()}) > 5
+
+
 def test_a_row_says_which_expression_it_is_and_counts_in_int64(samples):
     frame = evaluation.evaluate(Bright(), samples, **SETTINGS)
     identity = ["dataset", "split", "ref_id", "sent_id", "sentence_index", "image_id", "ann_id", "category"]

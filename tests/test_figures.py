@@ -108,8 +108,9 @@ def test_every_figure_is_drawn_or_what_it_lacks_is_said(tmp_path):
     drawn, absent = figures.draw(experiment, known(experiment))
     tails = ["parameters-refcoco-miou", "cost-refcoco-miou", "precision-refcoco", "learning-refcoco"]
     assert [each.name for each in drawn] == tails
-    assert all(line.endswith("the expressions of the trials are not at hand") for line in absent)
-    assert absent[0].startswith("no figure breakdown-refcoco-category: ")
+    assert all(line.endswith("the expressions of the trials are not at hand") for line in absent[1:])
+    assert absent[0] == "no figure thresholds-refcoco: no other threshold was tried"
+    assert absent[1].startswith("no figure breakdown-refcoco-category: ")
     for each in drawn:
         # Rows in the order of the table, those without a result named in the caption alone.
         assert legend(each.figure)[:3] == ["Full Tuning", "Fix Backbone", "lora ∗"]
@@ -149,6 +150,27 @@ def test_points_are_means_with_their_spread_and_the_front_is_drawn(tmp_path):
         "10M",
         "100M",
     ]
+
+
+def test_the_oracle_of_a_threshold_sweep_is_ringed(tmp_path):
+    experiment = read(tmp_path)
+
+    def swept(result: Result) -> Result:
+        best = 0.4 + result.trial.seed / 5
+        found = {f"{t:g}": {"miou": 0.9 - (t - best) ** 2, "oiou": 0.0} for t in (0.2, 0.4, 0.6)}
+        scores = {split: dataclasses.replace(one, by_threshold=found) for split, one in result.scores.items()}
+        return dataclasses.replace(result, scores=scores)
+
+    results = {key: swept(one) for key, one in known(experiment).items() if one.trial.method.name != "lora"}
+    (subject,) = figures.subjects(experiment, results)
+    drawn = figures.thresholds(subject)
+    (axes,) = drawn.figure.axes
+    rings = [line.get_xydata().tolist()[0] for line in axes.lines if line.get_markersize() == 9]
+    # Means over seeds 0 and 1, the best of which are at 0.4 and at 0.6.
+    assert rings == [[pytest.approx(0.4), pytest.approx(88)]] * 2
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [0.35]
+    assert legend(drawn.figure) == ["Full Tuning", "Fix Backbone", "oracle", "used"]
+    assert axes.get_ylabel() == "mIoU (%), testA\n(ris-bench protocol)"
 
 
 def test_looks_differ_without_colour():

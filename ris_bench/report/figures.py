@@ -210,6 +210,7 @@ def draw(
             add(f"parameters-{tail}", partial(parameters, subject, metric, cited=cited))
             add(f"cost-{tail}", partial(cost, subject, metric))
         add(f"precision-{subject.slug}", partial(precision, subject))
+        add(f"thresholds-{subject.slug}", partial(thresholds, subject))
         add(f"learning-{subject.slug}", partial(learning, subject))
         frames = _Frames(store)
         for by in (by for by in breakdowns.BY if by != "all"):
@@ -324,6 +325,42 @@ def precision(subject: Subject, name: str = "") -> Drawing:
             _or_said(axes)
     _finish(figure, subject, shown, _lines)
     caption = "Pr@K, the share of expressions with an IoU greater than K."
+    return Drawing(name=name, figure=figure, caption=_caption(caption, subject, shown, spread="Bands"))
+
+
+@styled()
+def thresholds(subject: Subject, name: str = "") -> Drawing:
+    """A metric against the probability above which a pixel is predicted, on one split, with the best of an oracle."""
+    metric = next((metric for metric in subject.metrics if metric in ("miou", "oiou")), "miou")
+    split = subject.unbiased(subject.metrics.get(metric, subject.splits))
+    figure, panels = make_panels(len(subject.panels), 1, width=4.5)
+    shown = []
+    for (axes,), group in zip(panels, subject.panels, strict=True):
+        for row in group.rows:
+            swept = [found for result in row.results if (found := _swept(result, split, metric))]
+            curve = {float(one): Point.of(each[one] for each in swept) for one in (swept[0] if swept else ())}
+            if curve:
+                shown.append(row)
+                _curve(axes, row.look, curve)
+                best = max(curve, key=lambda one: curve[one].value)
+                axes.plot(best, curve[best].value, marker="o", ms=9, mfc="none", mec=row.look.colour, mew=1.2, zorder=5)
+        if shown:
+            for used in dict.fromkeys(run.trial.eval.threshold for row in group.rows for run in row.runs):
+                axes.axvline(used, color="0.5", linewidth=0.8, linestyle=":", zorder=1)
+        _title(axes, group.title, subject.header, split)
+        axes.set_xlabel("Threshold of the probability")
+        axes.set_ylabel(named(metric, split))
+        axes.set_xlim(0, 1)
+        axes.yaxis.set_major_locator(round_ticks())
+        _or_said(axes)
+    ring = (Line2D([], [], linestyle="", marker="o", ms=9, mfc="none", mec="0.3"), "oracle")
+    used = (Line2D([], [], color="0.5", linewidth=0.8, linestyle=":"), "used")
+    reason = NO_RESULT if not any(row.results for row in subject.rows) else "no other threshold was tried"
+    _finish(figure, subject, shown, _lines, [ring, used], reason=reason)
+    caption = (
+        f"{METRICS[metric]} on {split} against the probability above which a pixel is predicted. Rings: the best, "
+        "which an oracle would choose on the split itself; dotted: the one that the table uses."
+    )
     return Drawing(name=name, figure=figure, caption=_caption(caption, subject, shown, spread="Bands"))
 
 
@@ -457,6 +494,12 @@ def _score(result: Result, metric: str, split: str) -> float | None:
         return None
     kind, _, threshold = metric.partition("@")
     return 100 * (scores.precision_at[threshold] if threshold else getattr(scores, kind))
+
+
+def _swept(result: Result, split: str, metric: str) -> dict[str, float]:
+    """In percent, by threshold; empty where none was tried but the one."""
+    found = result.scores[split].by_threshold if split in result.scores else {}
+    return {threshold: 100 * scores[metric] for threshold, scores in found.items()}
 
 
 def _mean(row: Row, measure: Callable[[Result], float | None]) -> Point | None:
