@@ -108,6 +108,14 @@ class Protocol:
         )
 
 
+MARKS = {
+    "resampled": "the masks are resampled to the frame of the protocol by the nearest neighbour",
+    "geometry": "the maps were made in another geometry than the protocol's, and are brought over from it",
+    "text": "the model was not asked the form of the sentence (`sent` or `raw`) that the protocol asks",
+    "unprinted": "the code that the protocol stands for does not print this metric",
+}
+"""What a reader must know of a score, that a file of predictions was given by a protocol."""
+
 _FIVE = (0.5, 0.6, 0.7, 0.8, 0.9)
 _EVERY_SENTENCE = Pass(sentences="all", frame="original")
 _BILINEAR = Resize(kernel="bilinear", of="logit")

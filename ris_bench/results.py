@@ -152,8 +152,9 @@ def read_done(folder: Path) -> Result:
 def _is_sound(result: Result) -> bool:
     """Whether its numbers can be what they are called; TypeError where one is none."""
     shares = [x for s in result.scores.values() for x in (s.miou, s.oiou, *s.precision_at.values())]
+    shares += [x for s in result.scores.values() for swept in s.by_threshold.values() for x in swept.values()]
     counted = [vars(record).items() for record in (result.params, result.cost) if record]
-    amounts = [amount for items in counted for name, amount in items if name != "device"]
+    amounts = [x for items in counted for name, x in items if name != "device" and (name, x) != ("prompt", None)]
     return (
         result.status in ("done", "failed")
         and all(0 <= share <= 1 for share in shares)

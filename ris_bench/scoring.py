@@ -24,19 +24,12 @@ from ris_bench.data.dataset import DATASETS, Dataset
 from ris_bench.data.samples import Sample, draw, referents
 from ris_bench.errors import UserError
 from ris_bench.predictions import Maps, Prediction, Predictions, decode, encode, match
-from ris_bench.protocols import PROTOCOLS, RIS_BENCH, Protocol, Resize
+from ris_bench.protocols import MARKS, PROTOCOLS, RIS_BENCH, Protocol, Resize
 from ris_bench.resampling import converted, cut, nearest
 
 Stage = Literal["test", "validation"]
 Split = tuple[str, str]
 """Names of a dataset and of one of its splits."""
-
-MARKS = {
-    "resampled": "the masks are resampled to the frame of the protocol by the nearest neighbour",
-    "geometry": "the maps were made in another geometry than the protocol's, and are brought over from it",
-    "text": "the model was not asked the form of the sentence (`sent` or `raw`) that the protocol asks",
-    "unprinted": "the code that the protocol stands for does not print this metric",
-}
 
 
 @dataclass(frozen=True, kw_only=True)

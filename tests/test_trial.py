@@ -105,6 +105,7 @@ def test_the_selected_checkpoint_is_the_one_saved(tmp_path):
         threshold=one.eval.threshold,
         batch_size=trial.EVAL_BATCH_SIZE,
         device=trial.torch.device("cpu"),
+        others=evaluation.THRESHOLDS,
     )
     assert evaluation.scores(frame) == result.scores["testA"]
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from ris_bench import plan
 from ris_bench.errors import UserError
+from ris_bench.protocols import PROTOCOLS, RIS_BENCH, find
 from ris_bench.report import folder
+from ris_bench.rescored import rescored
 from ris_bench.results import Store
 
 REPORT = f"""\
@@ -45,6 +47,12 @@ def add(verbs: Any) -> None:
         "--against", metavar="METHOD", help="compare the rows with this one, as ris-bench compare does, and mark them"
     )
     parser.add_argument(
+        "--protocol",
+        metavar="P",
+        help="the scores by another protocol, as `ris-bench score --trial` has kept them, in the tables of the formats "
+        f"{','.join(folder.TABLES)}: {', '.join(PROTOCOLS)}",
+    )
+    parser.add_argument(
         "--results",
         type=Path,
         metavar="DIR",
@@ -68,13 +76,26 @@ def _call(args: argparse.Namespace) -> int:
         raise UserError(f"{store.root} has no result of {experiment.path}: run it, or give --results DIR{left_out}")
     if missing := [trial.id for trial in experiment.trials(results) if trial.id not in results]:
         skipped.append(f"without a result: {', '.join(missing)}")
+    by = None
+    if args.protocol is not None and (protocol := find(args.protocol)) is not RIS_BENCH:
+        if args.against is not None:
+            raise UserError("--against compares the expressions, which are counted by ris-bench; leave out --protocol")
+        args.format = tuple(name for name in args.format if name in folder.TABLES)
+        place /= protocol.name
+        by = rescored(results, store, protocol)
+        shown = {run.trial.id for run in experiment.reported(results)}
+        if lacking := [name for name in by.lacking if name in shown]:
+            skipped.append(
+                f"not scored by {protocol.name}: {', '.join(lacking)}; `ris-bench evaluate TRIAL --split S --maps "
+                f"--out F` and `ris-bench score F --protocol {protocol.name} --trial TRIAL` do that"
+            )
     compared = None
     if args.against is not None:
         from ris_bench.report.comparison import compare
 
         compared = compare(experiment, store, args.against)
     table, written, absent = folder.write(
-        experiment, results, store, place, args.format, compared=compared, skipped=skipped
+        experiment, results, store, place, args.format, compared=compared, skipped=skipped, by=by
     )
     for line in (*skipped, *absent):
         print(f"warning: {line}", file=sys.stderr)

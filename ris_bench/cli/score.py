@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from ris_bench import protocols
+from ris_bench import protocols, rescored
 from ris_bench.cli.arguments import add_data_folder
+from ris_bench.errors import UserError
 
 SCORE = """\
 Scores one file of predictions, of this harness or of any other model, under several evaluation protocols. The file is
@@ -40,6 +42,12 @@ def add(verbs: Any) -> None:
     score.add_argument(
         "--validation", action="store_true", help="as the protocols select checkpoints, not as they report results"
     )
+    score.add_argument(
+        "--trial",
+        type=Path,
+        metavar="DIR",
+        help="whose predictions they are: keep the scores in its folder, for `ris-bench report --protocol`",
+    )
     score.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
 
 
@@ -49,7 +57,11 @@ def _call(args: argparse.Namespace) -> int:
     chosen = [protocols.find(name) for name in args.protocol] or list(protocols.PROTOCOLS.values())
     given = predictions.read(args.predictions)
     stage = "validation" if args.validation else "test"
+    if args.trial and args.validation:
+        raise UserError("--trial keeps what papers report, and --validation is not that; leave out one of them")
     scores = scoring.score(given, scoring.load(given, args.data), chosen, stage)
+    if args.trial:
+        print(rescored.keep(args.trial, scores), file=sys.stderr)
     if args.json:
         print(json.dumps(scoring.record(scores, stage), indent=1))
     else:

@@ -14,6 +14,7 @@ from ris_bench.results import Store, write_whole
 if TYPE_CHECKING:
     from ris_bench.plan import Experiment
     from ris_bench.report.comparison import Comparisons
+    from ris_bench.rescored import Rescored
 
 FORMATS = {
     "md": "table.md, and comparison.md where there is one",
@@ -23,6 +24,10 @@ FORMATS = {
     "png": "figures/*.png",
     "html": "report.html, which holds all the others",
 }
+
+
+TABLES = ("md", "tex", "csv")
+"""Of FORMATS, those that hold scores and nothing else, so that there are some by every protocol."""
 
 
 def keep(experiment: Experiment, results: Mapping[str, Result], folder: Path) -> tables.Table:
@@ -42,6 +47,7 @@ def write(
     *,
     compared: Comparisons | None = None,
     skipped: Sequence[str] = (),
+    by: Rescored | None = None,
 ) -> tuple[tables.Table, list[Path], list[str]]:
     """Write an experiment's report; each file appears whole or not at all.
 
@@ -51,17 +57,19 @@ def write(
         formats: of FORMATS.
         compared: the rows of the table against one of them, which marks the table.
         skipped: what was left out of `results`, in sentences.
+        by: what put other scores in the place of their own; then `formats` are of TABLES.
 
     Returns the table, the files, and why figures are not there.
     """
-    table = tables.render(experiment, results, compared)
+    table = tables.render(experiment, results, compared, by)
     texts = {"md": table.markdown, "tex": table.latex, "csv": table.csv}
     files = {folder / f"table.{kind}": text for kind, text in texts.items() if kind in formats}
     if compared and "md" in formats:
         files[folder / "comparison.md"] = compared.markdown()
     for path, text in files.items():
         write_whole(path, text)
-    plan.write(experiment, folder)
+    if by is None:
+        plan.write(experiment, folder)
     written, drawings, absent = [*files], [], []
     if drawn := [kind for kind in ("svg", "png", "html") if kind in formats]:
         from ris_bench.report import drawing, figures  # only now: they import matplotlib

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from ris_bench.layout import COSTS, COUNTS, METRICS, PUBLISHED_COUNTS, Column
+from ris_bench.protocols import MARKS as MANNERS
 from ris_bench.protocols import RIS_BENCH
 from ris_bench.records import Result, Trial
 from ris_bench.report import published
@@ -26,6 +27,7 @@ from ris_bench.results import write_whole
 if TYPE_CHECKING:  # it imports torch, with the methods that it names
     from ris_bench.experiment import Experiment, Run
     from ris_bench.report.comparison import Comparisons
+    from ris_bench.rescored import Rescored
 
 DEFINITIONS = {
     "miou": "mIoU: mean over expressions of intersection / union",
@@ -164,13 +166,19 @@ class _Body:
             yield group
 
 
-def render(experiment: Experiment, results: Mapping[str, Result], compared: Comparisons | None = None) -> Table:
+def render(
+    experiment: Experiment,
+    results: Mapping[str, Result],
+    compared: Comparisons | None = None,
+    by: Rescored | None = None,
+) -> Table:
     """The table of what is known; `results`, by trial id, may lack some and hold others.
 
     A cell is the mean over its seeds, with the sample standard deviation where there are several. Without a result it
-    is "–", or "failed"; MARKS say what else there is to know of it, and `compared` which differences are earned.
+    is "–", or "failed"; MARKS say what else there is to know of it, and `compared` which differences are earned. Scores
+    are those of ris-bench, unless `by` has others.
     """
-    body, notes = lay_out(experiment, results, compared)
+    body, notes = lay_out(experiment, results, compared, by)
     return Table(
         markdown=_markdown(body, experiment.title, notes),
         latex=_latex(body, experiment.title, notes, label=experiment.name),
@@ -179,12 +187,15 @@ def render(experiment: Experiment, results: Mapping[str, Result], compared: Comp
 
 
 def lay_out(
-    experiment: Experiment, results: Mapping[str, Result], compared: Comparisons | None = None
+    experiment: Experiment,
+    results: Mapping[str, Result],
+    compared: Comparisons | None = None,
+    by: Rescored | None = None,
 ) -> tuple[_Body, list[str]]:
     """What `render` prints: the cells, and the notes below them."""
     layout = experiment.table
     leaves = tuple(_Leaf(column, split) for column in layout.columns for split in column.splits or ("",))
-    reported = experiment.reported(results)
+    reported, shown = experiment.reported(results), by.results if by else results
     # Of the product of the axes only what the experiment has.
     had = {tuple(run.axes[axis] for axis in layout.rows) for run in experiment.runs}
     keys = [labels for labels in product(*(experiment.axes[axis] for axis in layout.rows)) if labels in had]
@@ -196,7 +207,7 @@ def lay_out(
         for _, group in groupby(keys, key=lambda labels: labels[:-1]):
             wanted = [dict(zip(layout.rows, labels, strict=True)) for labels in group]
             found = [
-                _cell(leaf, [run for run in runs if row.items() <= run.axes.items()], results, parts) for row in wanted
+                _cell(leaf, [run for run in runs if row.items() <= run.axes.items()], shown, parts) for row in wanted
             ]
             if compared:
                 earned = [_earned(leaf, row, compared) for row in wanted]
@@ -205,7 +216,7 @@ def lay_out(
         by_leaf.append(cells)
     measured = dict(zip(keys, zip(*by_leaf, strict=True), strict=True))
     body = (_beside if layout.published else _alone)(experiment, leaves, measured)
-    return body, list(_notes(experiment, results, body, compared))
+    return body, list(_notes(experiment, results, body, compared, by))
 
 
 Measured = Mapping[tuple[str, ...], tuple[_Cell, ...]]
@@ -339,11 +350,22 @@ def _earned(leaf: _Leaf, row: Mapping[str, str], compared: Comparisons) -> str:
 
 
 def _notes(
-    experiment: Experiment, results: Mapping[str, Result], body: _Body, compared: Comparisons | None
+    experiment: Experiment,
+    results: Mapping[str, Result],
+    body: _Body,
+    compared: Comparisons | None,
+    by: Rescored | None,
 ) -> Iterator[str]:
     trials = [run.trial for run in experiment.runs]
     metrics = _distinct(leaf.column.value.partition("@")[0] for leaf in body.leaves if leaf.column.value in METRICS)
-    if metrics:
+    if metrics and by:
+        yield f"{'; '.join(DEFINITIONS[metric] for metric in metrics)}. In percent."
+        yield f"By the protocol {by.protocol.name}: {by.protocol.describe('test')}."
+        for ours, theirs in (("oIoU", by.protocol.overall), ("mIoU", by.protocol.mean)):
+            if theirs != ours:
+                yield f"What stands here as {ours} is called {theirs} there."
+        yield from (f"Of some scores, {MANNERS[mark]}." for mark in by.marks)
+    elif metrics:
         thresholds = " or ".join(_distinct(trial.eval.threshold for trial in trials))
         yield (
             f"{'; '.join(DEFINITIONS[metric] for metric in metrics)}. In percent, by the protocol {RIS_BENCH.name}: "
@@ -371,8 +393,8 @@ def _notes(
     yield from experiment.notes
     yield from _citations(experiment.table.published)
 
-    wanted = experiment.trials(results)
-    known = [results[trial.id] for trial in wanted if trial.id in results]
+    wanted, shown = experiment.trials(results), by.results if by else results
+    known = [shown[trial.id] for trial in wanted if trial.id in shown]
     splits = {leaf.split.removesuffix("/shuffled") for leaf in body.leaves}
     if sizes := ", ".join(_sizes((result for result in known if result.status == "done"), splits)):
         yield f"Expressions: {sizes}."
