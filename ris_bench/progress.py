@@ -113,10 +113,15 @@ def describe(progress: Progress) -> str:
     if progress.images_per_second is not None:
         parts.append(f"{progress.images_per_second:.0f} images/s")
     if progress.eta_seconds is not None:
-        minutes, seconds = divmod(round(progress.eta_seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        parts.append(f"{hours}:{minutes:02}:{seconds:02} left" if hours else f"{minutes}:{seconds:02} left")
+        parts.append(f"{duration(progress.eta_seconds)} left")
     return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """ "1:05", "2:01:05"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def describe_scores(result: Result) -> str:

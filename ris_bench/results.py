@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 import secrets
 import shutil
+import socket
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ris_bench.errors import UserError
 from ris_bench.records import Result, Trial
 
 CHECKPOINTS = "checkpoints"
 """In the folder of an attempt: what the next attempt goes on from."""
+PROGRESS = "progress.json"
+"""In the folder of an attempt: how far it is, and which process works at it since when."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,60 @@ class Store:
             shutil.rmtree(final / CHECKPOINTS, ignore_errors=True)
         return result
 
+    @contextmanager
+    def held(self, what: str) -> Iterator[None]:
+        """Be the only process that starts trials here, which is freed of it however it ends.
+
+        Raises UserError, which names the other, where one is at work.
+        """
+        folder = self.root / "trials"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock, told = FileLock(folder / _DRIVER_LOCK), folder / _DRIVER
+        try:
+            lock.acquire(timeout=1)  # who only asks whether somebody is at work has it for a moment
+        except Timeout:
+            holder = self.driver() or {}
+            who = ", ".join(f"{key} {value}" for key, value in holder.items()) or "which has not said who it is"
+            raise UserError(
+                f"another run is at work in {self.root} ({who}); wait until it is done, stop it, or give another "
+                "--results"
+            ) from None
+        try:
+            write_whole(told, json.dumps({"experiment": what, **this_process()}))
+            yield
+        finally:
+            told.unlink(missing_ok=True)
+            lock.release()
+            if {path.name for path in folder.iterdir()} == {_DRIVER_LOCK}:  # nothing came of it
+                (folder / _DRIVER_LOCK).unlink()
+                with suppress(OSError):
+                    folder.rmdir()
+                    self.root.rmdir()
+
+    def driver(self) -> Mapping[str, Any] | None:
+        """What the process that starts trials here says of itself; None where there is none."""
+        folder = self.root / "trials"
+        if not (folder / _DRIVER_LOCK).exists():
+            return None
+        try:
+            with FileLock(folder / _DRIVER_LOCK, timeout=0):
+                return None
+        except (Timeout, OSError):
+            return _mapping(folder / _DRIVER) or {}
+
+    def running(self) -> list[tuple[str, Mapping[str, Any], float]]:
+        """Every attempt that is not finished: the id of its trial, the last `PROGRESS`, and when that was, as a time.
+
+        Nothing says that its process still lives.
+        """
+        found = []
+        for folder in (self.root / "trials").glob(".*.partial"):
+            path = folder / PROGRESS
+            with suppress(OSError):  # it may be finished just now
+                last = (path if path.exists() else folder).stat().st_mtime
+                found.append((folder.name[1:].rpartition(".partial")[0].rpartition(".")[0], _mapping(path) or {}, last))
+        return sorted(found, key=lambda attempt: attempt[0])
+
     def check_writable(self) -> None:
         """Raises UserError where nothing could be written; creates nothing."""
         parent = next(path for path in (self.root, *self.root.parents) if path.exists())
@@ -147,6 +209,26 @@ def read_done(folder: Path) -> Result:
     if result.status != "done":
         raise UserError(f"trial {folder.name} failed ({result.error}): it left neither a model nor scores")
     return result
+
+
+_DRIVER, _DRIVER_LOCK = ".driver.json", ".driver.lock"
+
+
+def this_process() -> dict[str, Any]:
+    """As people look for a process."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _mapping(path: Path) -> Mapping[str, Any] | None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _is_sound(result: Result) -> bool:

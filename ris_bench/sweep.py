@@ -6,17 +6,20 @@ cut off goes on by being started again.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
+import secrets
 import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,7 +30,7 @@ from ris_bench.errors import UserError
 from ris_bench.progress import Display
 from ris_bench.records import Params, Result, Trial
 from ris_bench.report import folder
-from ris_bench.results import Store
+from ris_bench.results import PROGRESS, Store, this_process, write_whole
 
 if TYPE_CHECKING:  # all import torch, and a sweep with nothing to run needs none
     from ris_bench.experiment import Experiment
@@ -37,6 +40,10 @@ if TYPE_CHECKING:  # all import torch, and a sweep with nothing to run needs non
 Report = Callable[["Progress"], None]
 RunTrial = Callable[[Trial, Path, "Places", Report], Result]
 
+PULSE_SECONDS = 5
+"""Between two words of a trial on how far it is."""
+HUNG = "no progress for"
+"""What the log of a trial says that was ended for it."""
 GRACE_SECONDS = 20
 """For the step that is running when a sweep is stopped: who sends SIGTERM sends SIGKILL after half a minute."""
 
@@ -67,22 +74,41 @@ class Job:
         if known and known.status == "done":  # the process of an earlier attempt died just after it
             return known
         folder = self.store.begin(trial)
+        process = this_process()
+        tell = throttled(
+            lambda progress: write_whole(folder / PROGRESS, json.dumps({**progress._asdict(), **process})),
+            PULSE_SECONDS,
+        )
+
+        def told(progress: Progress) -> None:
+            with suppress(OSError):  # nobody can read how far it is, which is no reason to end it
+                tell(progress)
+            report(progress)
+
         try:
             for plugin in self.plugins:
                 plugin.load()
-            result = self.run_trial(trial, folder, self.places, report)
+            result = self.run_trial(trial, folder, self.places, told)
         except Exception as error:
             with (folder / "log.txt").open("a", encoding="utf-8") as log:
                 traceback.print_exc(file=log)
             result = failure(trial, one_line(error))
+        (folder / PROGRESS).unlink(missing_ok=True)
         return self.store.finish(folder, result)
 
     def lost(self, trial: Trial, error: str, details: str = "") -> Result:
         """Record a trial whose process is gone; what it had written, its log above all, is kept."""
         folder = next(iter(self.store.attempts(trial)), None) or self.store.begin(trial)
+        if hung := next((line for line in reversed(_lines(folder / "log.txt")) if HUNG in line), None):
+            error = hung
+        (folder / PROGRESS).unlink(missing_ok=True)
         with (folder / "log.txt").open("a", encoding="utf-8") as log:
             print(error, details, sep="\n", file=log)
         return self.store.finish(folder, failure(trial, error))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
 
 
 def failure(trial: Trial, error: str) -> Result:
@@ -190,6 +216,7 @@ def run(
         while trials := pending(experiment, job.store, results, only):
             check(trials, job.store, job.places)
             if not (keeper and execute):
+                stack.enter_context(job.store.held(experiment.name))
                 execute = stack.enter_context(executor)
                 # As Ctrl-C. Not earlier: ray.init installs a handler that ends the process without a word.
                 before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -230,9 +257,9 @@ def in_process() -> Iterator[Execute]:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+def _asked_to_stop(then: Callable[[], None] = lambda: None) -> Iterator[Callable[[], bool]]:
     """Whether somebody has pressed Ctrl-C, or sent SIGTERM; a second time, or when nobody has looked for
-    `GRACE_SECONDS`, it is a KeyboardInterrupt, wherever."""
+    `GRACE_SECONDS`, it is a KeyboardInterrupt, wherever. The first time `then` is called."""
     asked = False
 
     def ask(number: int, frame: Any) -> None:
@@ -240,6 +267,7 @@ def _asked_to_stop() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
+        then()
         signal.alarm(GRACE_SECONDS)
         os.write(2, b"\nstops after the step that is running; once more stops at once\n")
 
@@ -267,9 +295,16 @@ RAY_SETTINGS = {
 
 @contextmanager
 def through_ray(
-    *, address: str | None = None, max_concurrent: int | None = None, gpus_per_trial: float | None = None
+    *,
+    address: str | None = None,
+    max_concurrent: int | None = None,
+    gpus_per_trial: float | None = None,
+    patience: float = 0,
 ) -> Iterator[Execute]:
     """Trials side by side: each takes one CPU and `gpus_per_trial` GPUs (None: one, where the cluster has any).
+
+    The process of a trial that tells nothing for `patience` seconds is ended, as if it had died; 0 waits for ever. Who
+    stops the sweep lets the step that is running in each trial end.
 
     `address` is "host:port" of a running cluster, or "auto" for the one of this machine; None starts Ray on this
     machine alone. Raises UserError for a cluster that does not answer and for a request that no node can satisfy.
@@ -304,7 +339,7 @@ def through_ray(
                 job.store.root.mkdir(parents=True, exist_ok=True)
             shared = None if address is None else job.store.root
             with tempfile.TemporaryDirectory(prefix=".ray-", dir=shared) as folder:
-                _tune(trials, job, watcher, folder=folder, gpus=gpus, max_concurrent=max_concurrent)
+                _tune(trials, job, watcher, folder=folder, gpus=gpus, max_concurrent=max_concurrent, patience=patience)
 
         yield execute
 
@@ -330,19 +365,63 @@ def _connect(address: str | None) -> None:
         raise UserError(f"Ray {what} ({one_line(error)}): {advice}") from error
 
 
+@contextmanager
+def _watched(patience: float, trial: Trial, store: Store) -> Iterator[Callable[[], None]]:
+    """End this process, as a kill would, when what is given is not called for `patience` seconds."""
+    last, over = time.monotonic(), threading.Event()
+
+    def alive() -> None:
+        nonlocal last
+        last = time.monotonic()
+
+    def watch() -> None:
+        while not over.wait(min(patience / 4, PULSE_SECONDS)):
+            if time.monotonic() - last > patience:
+                for attempt in store.attempts(trial):
+                    with (attempt / "log.txt").open("a", encoding="utf-8") as log:
+                        print(f"{HUNG} {patience / 60:g} minutes: its process was ended", file=log)
+                os._exit(1)
+
+    if patience:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield alive
+    finally:
+        over.set()
+
+
 def _tune(
-    trials: list[Trial], job: Job, watcher: Watcher, *, folder: str, gpus: float, max_concurrent: int | None
+    trials: list[Trial],
+    job: Job,
+    watcher: Watcher,
+    *,
+    folder: str,
+    gpus: float,
+    max_concurrent: int | None,
+    patience: float,
 ) -> None:
     from ray import tune
     from ray.exceptions import RayActorError
 
     trials_by_id = {trial.id: trial for trial in trials}
     unfinished, begun = dict(trials_by_id), set()
+    stop = job.store.root / "trials" / f".stop.{secrets.token_hex(4)}"  # every node sees this folder
 
     def trainable(config: dict[str, Any]) -> None:
         if not gpus:  # a process that was given no GPU would see them all
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        job(trials_by_id[config["trial"]], throttled(lambda progress: tune.report({"progress": progress._asdict()})))
+        trial = trials_by_id[config["trial"]]
+
+        def report(progress: Progress) -> None:
+            if stop.exists():
+                raise KeyboardInterrupt  # the trial saves where it stands
+            tune.report({"progress": progress._asdict()})
+
+        if stop.exists():
+            return
+        with _watched(patience, trial, job.store) as alive, suppress(KeyboardInterrupt):
+            tell = throttled(report)
+            job(trial, lambda progress: (alive(), tell(progress)))
 
     class Relay(tune.Callback):
         """The result itself comes by way of the results folder."""
@@ -359,8 +438,11 @@ def _tune(
                 watcher.progress(SimpleNamespace(**result["progress"]))
 
         def on_trial_complete(self, trial: Any, **info: Any) -> None:
-            ours = unfinished.pop(trial.config["trial"])
+            ours = trials_by_id[trial.config["trial"]]
             result = job.store.read(ours)
+            if stop.exists() and result is None:  # it was told to
+                return
+            del unfinished[ours.id]
             watcher.finished(
                 result or job.lost(ours, f"it left nothing in {job.store.root}: every node must see the same folder")
             )
@@ -376,7 +458,7 @@ def _tune(
                 reason = "its process could not start: does every node have this package, in this version?"
             watcher.finished(job.lost(ours, reason, str(error or "")))
 
-    tune.Tuner(
+    tuner = tune.Tuner(
         tune.with_resources(trainable, {"cpu": 1, "gpu": gpus}),
         param_space={"trial": tune.grid_search(list(trials_by_id))},
         tune_config=tune.TuneConfig(
@@ -391,7 +473,14 @@ def _tune(
             callbacks=[Relay()],
             failure_config=tune.FailureConfig(max_failures=1),  # deaths only: a job lets no exception out
         ),
-    ).fit()
+    )
+    with _asked_to_stop(stop.touch) as asked:
+        try:
+            tuner.fit()
+        finally:
+            stop.unlink(missing_ok=True)
+        if asked():
+            raise KeyboardInterrupt
     for trial in unfinished.values():
         watcher.finished(job.lost(trial, "Ray Tune ended without having run it"))
 

@@ -79,7 +79,9 @@ def test_a_report_by_another_protocol(experiment, capsys):
     assert "by the protocol ris-bench" not in out
     # Of the trials that the table shows, LoRA's val is not scored either.
     lacking = ", ".join(folder(experiment, method, 1.0).name for method in OWN)
-    assert f"not scored by cris: {lacking}; " in err and "`ris-bench score F --protocol cris --trial TRIAL` do that" in err
+    assert (
+        f"not scored by cris: {lacking}; " in err and "`ris-bench score F --protocol cris --trial TRIAL` do that" in err
+    )
     made = sorted(path.name for path in Path("results/stand_in/cris").iterdir())
     assert made == ["table.csv", "table.md", "table.tex"]
 

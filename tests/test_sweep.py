@@ -4,7 +4,9 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -13,13 +15,14 @@ from pathlib import Path
 import pytest
 from conftest import STAND_IN
 
-from ris_bench import progress, sweep
+from ris_bench import progress, status, sweep
 from ris_bench.errors import UserError
 from ris_bench.experiment import Experiment, load
 from ris_bench.records import Result, Scores, Trial
-from ris_bench.results import Store
+from ris_bench.results import Store, this_process
 from ris_bench.trial import Places, Progress
 
+ROOT = Path(__file__).parent.parent
 TEXT = (
     STAND_IN
     + """\
@@ -51,6 +54,13 @@ def stand_in(does: dict[int, str], trial: Trial, folder: Path, places: Places, r
     if action == "die once" and not (folder.parent / "died").exists():
         (folder.parent / "died").touch()
         os._exit(3)
+    if action == "hang once" and not (folder.parent / "hung").exists():
+        (folder.parent / "hung").touch()
+        time.sleep(600)
+    if action == "work on":
+        for step in range(600):
+            report(told(trial, step))
+            time.sleep(0.1)
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     scores = Scores(oiou=0.5, miou=1 - trial.train.lr, precision_at={}, num_expressions=1)
@@ -113,7 +123,7 @@ def test_a_trial_cut_off_leaves_no_result_and_is_run_again(experiment, store):
     assert ran == [1, 2]
     assert kept(store) == dict.fromkeys((0, 1, 2), "done")
     assert not partial_folder.exists()
-    assert len(list((store.root / "trials").iterdir())) == 3
+    assert len(list((store.root / "trials").glob("[!.]*"))) == 3
 
 
 def test_a_trial_that_ends_as_the_sweep_is_stopped_is_in_the_table(experiment, store):
@@ -258,6 +268,97 @@ def test_ray_survives_what_its_processes_do(experiment, store, ray_here, capfd):
     assert "starts again: its process died" in out
     assert {character for character in out if not character.isprintable()} == {"\n"}
     assert all(line.startswith(("refcoco.", "[", "3 trials")) for line in out.splitlines() if line), out
+
+
+def test_only_one_process_starts_trials(experiment, store, capsys):
+    def second(trial, folder, places, report):
+        with pytest.raises(
+            UserError, match=rf"at work in .* \(experiment stand_in, host .*, pid {os.getpid()}, since "
+        ):
+            run(experiment, store, run_trial=never)
+        return stand_in({}, trial, folder, places, report)
+
+    assert statuses(run(experiment, store, run_trial=second)) == dict.fromkeys((0, 1, 2), "done")
+    assert store.driver() is None
+    assert run(experiment, store, run_trial=never)  # to look at what is done nobody has to wait
+
+
+def test_the_process_that_starts_trials_holds_them_while_it_lives(experiment, store):
+    code = f"""
+import os
+from pathlib import Path
+from ris_bench.results import Store
+with Store(Path({str(store.root)!r})).held("mine"):
+    print("held", flush=True)
+    os.kill(os.getpid(), 9)
+"""
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert killed.stdout == "held\n" and (store.root / "trials" / ".driver.json").exists()
+    assert store.driver() is None
+    assert statuses(run(experiment, store)) == dict.fromkeys((0, 1, 2), "done")
+
+
+def test_what_goes_on_is_told_by_files(experiment, store, capsys):
+    seen = []
+
+    def look(trial, folder, places, report):
+        result = stand_in({0: "raise"}, trial, folder, places, report)
+        seen.append(status.of(store.root))
+        return result
+
+    run(experiment, store, {0: "raise"})
+    run(experiment, store, run_trial=look, only=".s1.")
+    capsys.readouterr()
+    assert not seen  # both were done
+    for path in store.root.glob("trials/*.s[12].*/result.json"):
+        path.unlink()
+        path.with_name("log.txt").unlink()
+        path.parent.rmdir()
+    run(experiment, store, run_trial=look, only=".s1.")
+    (found,) = seen
+    (sweep_,) = found.sweeps
+    assert (sweep_.done, len(sweep_.failed), sweep_.running, sweep_.waiting) == (0, 1, 1, 1)
+    (running,) = found.running
+    assert running.told["step"] == 1 and running.told["pid"] == os.getpid() and not running.gone
+    lines = found.text().splitlines()
+    assert lines[0].startswith(f"at work in {store.root}: experiment stand_in host ")
+    assert any("train  epoch 1/2  loss 0.250" in line for line in lines)
+    assert any(line.startswith("failed: refcoco.") and "RuntimeError: no luck; see " in line for line in lines)
+    assert json.dumps(found.record())
+
+    # Left behind by a process that is no more.
+    trial = experiment.trials()[2]
+    folder = store.begin(trial)
+    (folder / "progress.json").write_text(json.dumps({**told(trial, 5)._asdict(), **this_process(), "pid": 2**22 + 1}))
+    later = status.of(store.root / "stand_in")
+    assert later.driver is None and later.running[0].gone and later.sweeps[0].running == 0
+    assert "its process is gone" in later.text() and later.text().startswith("nobody starts trials in ")
+    with pytest.raises(UserError, match="is no results folder"):
+        status.of(store.root / "nowhere")
+
+
+def test_status_needs_no_torch():
+    code = "import sys, ris_bench.cli; print({'torch', 'ray'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.ray
+def test_ray_ends_what_hangs_and_what_is_stopped(experiment, store, ray_here, capfd):
+    results = run(experiment, store, {1: "hang once"}, executor=sweep.through_ray(patience=3))
+    assert statuses(results) == dict.fromkeys((0, 1, 2), "done")
+    assert "starts again: its process died" in capfd.readouterr().out
+
+    other = Store(store.root / "stopped")
+    threading.Timer(8, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(experiment, other, dict.fromkeys((0, 1, 2), "work on"), executor=sweep.through_ray())
+    assert time.monotonic() - start < 8 + sweep.GRACE_SECONDS
+    assert "stops after the step that is running" in capfd.readouterr().err
+    assert kept(other) == {} and not list(other.root.glob("trials/.stop*"))
+    # Each was told, and what it had is there for the next attempt.
+    assert 1 <= len(list(other.root.glob("trials/.*.partial/progress.json"))) <= 3
 
 
 @pytest.mark.ray

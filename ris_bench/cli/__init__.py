@@ -21,10 +21,25 @@ from ris_bench.cli import (
     run,
     score,
     sheet,
+    status,
 )
 from ris_bench.errors import UserError
 
-VERBS = (run, params, import_official, export, compare, data, predict, evaluate, breakdown, score, sheet, report)
+VERBS = (
+    run,
+    status,
+    params,
+    import_official,
+    export,
+    compare,
+    data,
+    predict,
+    evaluate,
+    breakdown,
+    score,
+    sheet,
+    report,
+)
 """In the order in which --help lists them."""
 
 

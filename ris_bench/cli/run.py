@@ -20,7 +20,7 @@ from ris_bench.results import Store
 RUN = """\
 Runs every trial of an experiment that has no result yet and prints the table. Results are kept by trial and shared by
 experiments; the same command goes on where an earlier one stopped, also inside a trial, and runs trials that failed
-again. With --executor local, Ctrl-C lets the step that is running end and saves where the trial stands.
+again. Ctrl-C lets the steps that are running end and saves where their trials stand; a second one stops at once.
 
 exit code:  0 all well   1 a trial failed   2 bad input, nothing was run   130 stopped
 
@@ -88,6 +88,13 @@ def add(verbs: Any) -> None:
         help="0 to 1: 0.5 puts two trials on a GPU, 0 all on CPUs (default: 1 where there is a GPU)",
     )
     ray.add_argument(
+        "--patience-minutes",
+        type=_amount,
+        metavar="M",
+        help="end the process of a trial that has told nothing for so long, and try it once more; 0 waits for ever "
+        "(default: 60)",
+    )
+    ray.add_argument(
         "--address",
         metavar="HOST:PORT",
         help="a running cluster, or `auto` for the one of this machine (default: start Ray here)",
@@ -99,9 +106,14 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         "address": args.address,
         "max_concurrent": args.max_concurrent,
         "gpus_per_trial": args.gpus_per_trial,
+        "patience": args.patience_minutes,
     }
     if args.executor == "local" and any(value is not None for value in ray_options.values()):
-        parser.error("--max-concurrent, --gpus-per-trial and --address say something to Ray: not with --executor local")
+        parser.error(
+            "--max-concurrent, --gpus-per-trial, --patience-minutes and --address say something to Ray: not with "
+            "--executor local"
+        )
+    ray_options["patience"] = 3600 if args.patience_minutes is None else 60 * args.patience_minutes
     if args.json and not args.dry_run:
         parser.error("--json goes with --dry-run")
 
