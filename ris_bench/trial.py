@@ -10,6 +10,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from tensorboardX import SummaryWriter
 from torch import Tensor
 
 from ris_bench import cache, checkpoints, evaluation, plugins
@@ -71,7 +73,8 @@ class Progress(NamedTuple):
 
 
 def run_trial(trial: Trial, folder: Path, places: Places, report: Callable[[Progress], None]) -> Result:
-    """Train, select the checkpoint, evaluate; write expressions.parquet, tuned.safetensors, overlays/ and log.txt.
+    """Train, select the checkpoint, evaluate; write expressions.parquet, tuned.safetensors, overlays/, log.txt and, for
+    TensorBoard, tensorboard/.
 
     Whatever goes wrong inside ends in a result with status "failed"; the traceback is in log.txt. `folder` exists.
     Where it has checkpoints/, of an attempt that was cut off, the trial goes on from there and ends as if it had not
@@ -85,6 +88,9 @@ def run_trial(trial: Trial, folder: Path, places: Places, report: Callable[[Prog
         run.log(traceback.format_exc())
         lines = str(failure).splitlines() or [""]
         status, error = "failed", f"{type(failure).__name__}: {lines[0]}"
+    finally:
+        with suppress(OSError):
+            run.board.close()
     return run.result(status, error)
 
 
@@ -157,6 +163,7 @@ class _Run:
         if self.places.checkpoint_seconds:
             self.checkpoints.restore(self.take_up, self.log)
         self.saved = time.monotonic()
+        self.draw(self.history)
         self.lap()
         for epoch in train(self.loop, batches, self.on_step):
             if epoch.epoch <= len(self.history):  # it was over before the checkpoint that training goes on from
@@ -170,6 +177,7 @@ class _Run:
                     self.best = {name: tensor.detach().clone() for name, tensor in model.tuned_tensors().items()}
             self.history.append(line)
             self.log(str(line))
+            self.draw([line])
             if validated:
                 self.save()
         model.set_tuned(self.best, "the selected checkpoint")
@@ -184,6 +192,22 @@ class _Run:
         evaluation.write({split: self.frames[split] for split in samples}, self.folder / "expressions.parquet")
         evaluation.overlays(model, validation, self.folder / "overlays", **self.settings)
         self.cost = self.measure(batches.num_referents * training.epochs)
+
+    @cached_property
+    def board(self) -> SummaryWriter:
+        """For TensorBoard."""
+        return SummaryWriter(str(self.folder / "tensorboard"))
+
+    def draw(self, epochs: list[Epoch]) -> None:
+        """Continue the learning curves."""
+        names = {"loss": "train/loss", "lr": "train/lr", "miou": "mIoU", "oiou": "oIoU"}
+        with suppress(OSError):  # pictures of a training are no reason to end it
+            for epoch in epochs:
+                for name, tag in names.items():
+                    if (value := getattr(epoch, name)) is not None:
+                        tag = tag if "/" in tag else f"{self.trial.eval.select_on}/{tag}"
+                        self.board.add_scalar(tag, value, epoch.epoch)
+            self.board.flush()
 
     @cached_property
     def checkpoints(self) -> checkpoints.Checkpoints:

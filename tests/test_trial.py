@@ -110,6 +110,26 @@ def test_the_selected_checkpoint_is_the_one_saved(tmp_path):
     assert evaluation.scores(frame) == result.scores["testA"]
 
 
+def test_learning_curves_for_tensorboard(tmp_path):
+    from tensorboardX.proto.event_pb2 import Event
+
+    one = next(t for t in trials("quickstart.yaml", *SHORT) if t.method.name == "frozen")
+    result = run(one, tmp_path / "t")
+    [file] = (tmp_path / "t" / "tensorboard").iterdir()
+    content, events = file.read_bytes(), []
+    while content:  # length, its checksum, an event, its checksum
+        length = int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    found = {(value.tag, event.step): value.simple_value for event in events for value in event.summary.value}
+    for epoch in result.history:
+        assert found["train/loss", epoch.epoch] == pytest.approx(epoch.loss)
+        assert found["train/lr", epoch.epoch] == pytest.approx(epoch.lr)
+    last = result.history[-1]
+    assert found["val/mIoU", last.epoch] == pytest.approx(last.miou)
+    assert found["val/oIoU", last.epoch] == pytest.approx(last.oiou)
+
+
 def test_failures_are_results(tmp_path):
     one = trials("quickstart.yaml", *SHORT, "train.lr=1.0e+30")[0]
     result = run(one, tmp_path / "t")
