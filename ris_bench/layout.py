@@ -20,7 +20,7 @@ METRICS = {"miou": "mIoU", "oiou": "oIoU", **{f"pr@0.{k}": f"Pr@0.{k}" for k in 
 """Scores that a column can show, and the name that its header carries."""
 
 COUNTS = (*(f"params.{f.name}" for f in fields(Params)), "params.tunable")
-COSTS = tuple(f"cost.{f.name}" for f in fields(Cost) if f.name != "device")
+COSTS = tuple(f"cost.{f.name}" for f in fields(Cost) if f.name not in ("device", "micro_batches"))
 
 
 @dataclass(frozen=True, kw_only=True)

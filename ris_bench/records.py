@@ -37,6 +37,11 @@ class Training:
     dice: float = 0.0
     """Weight of a Dice loss added to the binary cross-entropy."""
     split: str = "train"
+    out_of_memory: Literal["fail", "split"] = "fail"
+    """What a step does that does not fit: with "split" it and all after it have twice as many micro-batches.
+
+    The batch stays what it was; but the head normalises over a micro-batch, so that scores depend on where that is.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +142,8 @@ class Cost:
     tuned_bytes: int
     """Size of the saved tuned tensors."""
     device: str
+    micro_batches: int | None = None
+    """That a batch was split into at the end of the training; None where nobody counted them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,9 +210,13 @@ class Result:
         )
 
 
+_LATER = (("code", None), ("out_of_memory", "fail"))
+"""Fields that trials once were without: with this value they are left out, so that a trial is still the same trial."""
+
+
 def plain(record: Any) -> dict[str, Any]:
-    """A record as JSON takes it. The `code` that only a choice from a plug-in has is left out of the others."""
-    return asdict(record, dict_factory=lambda items: {key: v for key, v in items if (key, v) != ("code", None)})
+    """A record as JSON takes it."""
+    return asdict(record, dict_factory=lambda items: {key: v for key, v in items if (key, v) not in _LATER})
 
 
 def tuples(value: Any) -> Any:

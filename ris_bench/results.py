@@ -236,7 +236,12 @@ def _is_sound(result: Result) -> bool:
     shares = [x for s in result.scores.values() for x in (s.miou, s.oiou, *s.precision_at.values())]
     shares += [x for s in result.scores.values() for swept in s.by_threshold.values() for x in swept.values()]
     counted = [vars(record).items() for record in (result.params, result.cost) if record]
-    amounts = [x for items in counted for name, x in items if name != "device" and (name, x) != ("prompt", None)]
+    amounts = [
+        x
+        for items in counted
+        for name, x in items
+        if name != "device" and (name, x) not in (("prompt", None), ("micro_batches", None))
+    ]
     return (
         result.status in ("done", "failed")
         and all(0 <= share <= 1 for share in shares)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ris_bench.data.loading import ReferentBatches
+from ris_bench.data.loading import Batch, ReferentBatches
 from ris_bench.model import RISModel
 from ris_bench.records import Epoch, Training
 
@@ -61,6 +61,8 @@ class Loop:
         """Epochs that are over, and batches trained on in the one that follows."""
         self.total, self.seen = 0.0, 0
         """Of that epoch: the sum of the losses of its samples, and their number."""
+        self.parts = training.accumulate
+        """Micro-batches that a batch is split into."""
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, which are not copied, and what JSON takes, by name."""
@@ -68,7 +70,7 @@ class Loop:
         for name, p in self.tuned.items():
             state |= {f"optimizer/{name}/{key}": moment for key, moment in self.optimizer.state.get(p, {}).items()}
         state |= {f"rng/{kind}": generator.get_state() for kind, generator in self._generators.items()}
-        state |= {key: getattr(self, key) for key in ("epoch", "batch", "total", "seen")}
+        state |= {key: getattr(self, key) for key in ("epoch", "batch", "total", "seen", "parts")}
         return state | {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -83,7 +85,8 @@ class Loop:
             if name not in moments or moment.shape != (() if key == "step" else self.tuned[name].shape):
                 raise ValueError(f"the optimizer has no {path} of shape {tuple(moment.shape)}")
             moments[name][key] = moment
-        epoch, batch, total, seen, scaler = (state[key] for key in ("epoch", "batch", "total", "seen", "scaler"))
+        epoch, batch, total, seen = (state[key] for key in ("epoch", "batch", "total", "seen"))
+        parts, scaler = state["parts"], state["scaler"]
         if scaler.keys() != self.scaler.state_dict().keys():
             raise ValueError("its gradients were scaled otherwise")
 
@@ -99,7 +102,60 @@ class Loop:
         self.scaler.load_state_dict(scaler)
         for kind, generator in self._generators.items():
             generator.set_state(random[kind])
-        self.epoch, self.batch, self.total, self.seen = epoch, batch, total, seen
+        self.epoch, self.batch, self.total, self.seen, self.parts = epoch, batch, total, seen, parts
+
+    def step(self, batch: Batch) -> float:
+        """One step of the optimizer; gives the loss, and takes the step only where that is finite.
+
+        Where memory runs out, and the training allows it, it begins again with smaller micro-batches.
+        """
+        splits = self.training.out_of_memory == "split"
+        while True:
+            # What a part that did fit has changed already.
+            random = {kind: generator.get_state() for kind, generator in self._generators.items()}
+            statistics = self.model.moving_statistics() if splits else {}
+            before = {name: tensor.clone() for name, tensor in statistics.items()}
+            try:
+                loss = self._gradients(batch)
+                if math.isfinite(loss):
+                    self.scaler.step(self.optimizer)
+                    self.scaler.update()
+                self.optimizer.zero_grad()
+                return loss
+            except (RuntimeError, MemoryError) as error:
+                # BatchNorm in the head needs two samples in each part.
+                if not (splits and out_of_memory(error) and 2 * self.parts <= len(batch.index_B) // 2):
+                    raise
+            self.parts *= 2
+            self.optimizer.zero_grad()
+            for kind, generator in self._generators.items():
+                generator.set_state(random[kind])
+            for name, tensor in before.items():
+                statistics[name].copy_(tensor)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _gradients(self, batch: Batch) -> float:
+        """Add those of a batch, and give its loss."""
+        device, dtype, size = self.device, self.dtype, len(batch.index_B)
+        parts = min(self.parts, max(1, size // 2))
+        loss = 0.0
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            known = self.model.known(batch.image_U3HW.to(device, non_blocking=True))
+        for row, tokens, mask in zip(
+            *(
+                t.to(device, non_blocking=True).tensor_split(parts)
+                for t in (batch.row_B, batch.tokens_BL, batch.mask_B1HW)
+            ),
+            strict=True,
+        ):
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                logits = self.model(known[row], tokens)
+            part = segmentation_loss(logits, mask, self.training.dice)
+            part = part * (len(row) / size)
+            self.scaler.scale(part).backward()
+            loss += part.item()
+        return loss
 
     @property
     def _generators(self) -> dict[str, torch.Generator]:
@@ -108,6 +164,11 @@ class Loop:
         if self.device.type == "cuda":
             generators["cuda"] = torch.cuda.default_generators[torch.cuda.current_device()]
         return generators
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether that of a GPU or of the machine was not enough."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def under(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -132,38 +193,16 @@ def train(loop: Loop, batches: ReferentBatches, on_step: Callable[[float], None]
 
     Raises FloatingPointError as soon as a loss is not finite.
     """
-    model, training, device, dtype = loop.model, loop.training, loop.device, loop.dtype
-    while loop.epoch < training.epochs:
-        rate = learning_rate(training, loop.epoch)
+    while loop.epoch < loop.training.epochs:
+        rate = learning_rate(loop.training, loop.epoch)
         for group in loop.optimizer.param_groups:
             group["lr"] = rate
-        model.train()
+        loop.model.train()
         for batch in batches.epoch(loop.epoch, loop.batch):
-            size = len(batch.index_B)
-            # BatchNorm in the head needs two samples in each part of a batch that is split.
-            parts = min(training.accumulate, max(1, size // 2))
-            loss = 0.0
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                known = model.known(batch.image_U3HW.to(device, non_blocking=True))
-            for row, tokens, mask in zip(
-                *(
-                    t.to(device, non_blocking=True).tensor_split(parts)
-                    for t in (batch.row_B, batch.tokens_BL, batch.mask_B1HW)
-                ),
-                strict=True,
-            ):
-                with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    logits = model(known[row], tokens)
-                part = segmentation_loss(logits, mask, training.dice)
-                part = part * (len(row) / size)
-                loop.scaler.scale(part).backward()
-                loss += part.item()
+            loss, size = loop.step(batch), len(batch.index_B)
             if not math.isfinite(loss):
                 place = f"epoch {loop.epoch + 1}, batch {loop.batch + 1} of {len(batches)}"
                 raise FloatingPointError(f"the loss is {loss} at {place}")
-            loop.scaler.step(loop.optimizer)
-            loop.scaler.update()
-            loop.optimizer.zero_grad()
             loop.total, loop.seen, loop.batch = loop.total + loss * size, loop.seen + size, loop.batch + 1
             on_step(loss)
         yield Epoch(epoch=loop.epoch + 1, loss=loop.total / loop.seen, lr=rate)

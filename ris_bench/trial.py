@@ -33,7 +33,7 @@ from ris_bench.features import FrozenFeatures, Room, frozen_features
 from ris_bench.model import RISModel, build
 from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial, plain
 from ris_bench.results import CHECKPOINTS
-from ris_bench.training import Loop, fit, reduced, train, under
+from ris_bench.training import Loop, fit, out_of_memory, reduced, train, under
 
 SHUFFLED = "/shuffled"
 EVAL_BATCH_SIZE = 32
@@ -88,6 +88,9 @@ def run_trial(trial: Trial, folder: Path, places: Places, report: Callable[[Prog
         run.log(traceback.format_exc())
         lines = str(failure).splitlines() or [""]
         status, error = "failed", f"{type(failure).__name__}: {lines[0]}"
+        if out_of_memory(failure):
+            hint = "" if trial.train.out_of_memory == "split" else "; train.out_of_memory: split tries smaller parts"
+            error += f" (the peak was {run.peak() / 2**30:.1f} GiB{hint})"
     finally:
         with suppress(OSError):
             run.board.close()
@@ -368,6 +371,7 @@ class _Run:
             peak_memory_bytes=self.peak(),
             tuned_bytes=(self.folder / "tuned.safetensors").stat().st_size,
             device=device_name(self.device),
+            micro_batches=self.loop.parts,
         )
 
     def result(self, status: str, error: str | None) -> Result:

@@ -92,6 +92,46 @@ def test_accumulation_is_the_same_step():
     assert torch.allclose(parts.layer.weight, whole.layer.weight, atol=1e-5)
 
 
+class Narrow(Pixelwise):
+    """Has no memory for more than two images, and statistics."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error, self.norm, self.noise = error, nn.BatchNorm2d(3), nn.Dropout(0.5)
+
+    def moving_statistics(self):
+        return dict(self.norm.named_buffers())
+
+    def forward(self, image, tokens):
+        image = self.noise(self.norm(image))  # a part that does not fit has moved the statistics, and drawn
+        if len(image) > 2:
+            raise self.error
+        return super().forward(image, tokens)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 1 TB")]
+)
+def test_a_step_that_does_not_fit_is_split_and_so_are_all_after_it(error):
+    settings = training(out_of_memory="split")
+    split, expected = Narrow(error), Narrow(error)
+    torch.manual_seed(1)
+    got = run(split, Batches((4, 4)), settings)
+    torch.manual_seed(1)
+    assert got == run(expected, Batches((4, 4)), training(accumulate=2))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(split.state_dict()[name], tensor), name
+    with pytest.raises(type(error)):
+        run(Narrow(error), Batches((4, 4)), training())
+    with pytest.raises(type(error)):  # parts of one could not be normalised
+        run(Narrow(error), Batches((3,)), settings)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="shapes"):
+        run(Narrow(RuntimeError("shapes do not fit")), Batches((4, 4)), training(out_of_memory="split"))
+
+
 def test_what_is_frozen_stays():
     model = nn.Sequential()
     model.frozen, model.tuned = nn.Conv2d(3, 3, 1).requires_grad_(False), Pixelwise()
