@@ -167,6 +167,19 @@ def test_text_names_sources_marks_and_differences(everything):
             assert f"  {rule.name} (" in text
 
 
+def test_what_is_kept_and_shown_is_what_the_command_prints(everything):
+    assert (ROOT / "results" / "parameters.txt").read_text(encoding="utf-8") == f"{params.text(*everything)}\n"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = 0
+    for counts in everything[0]:
+        if counts.pair.backbone.name == "clip-r101" and counts.figures:
+            column = "prompt" if counts.paper["prompt"] else "backbone"
+            printed, own = counts.figures.cells[column].text, counts.paper[column]
+            assert f"| {counts.pair.method.name} | {printed} | {own:,} | {counts.parameters:,} |\n" in readme
+            shown += 1
+    assert shown == 8
+
+
 def test_json_is_a_list_of_objects_with_integers(capsys):
     assert cli.main(["params", "--backbone", "clip-r101", "--method", "full", "--json"]) == 0
     [counts] = json.loads(capsys.readouterr().out)
