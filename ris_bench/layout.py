@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
+from ris_bench import published
 from ris_bench.located import Located
 from ris_bench.records import Choice, Cost, Params
-from ris_bench.report import published
 
 if TYPE_CHECKING:
     from ris_bench.experiment import Run

@@ -16,7 +16,7 @@ import torch
 from tabulate import tabulate
 from torch import nn
 
-from ris_bench import experiment
+from ris_bench import experiment, published
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
@@ -24,7 +24,6 @@ from ris_bench.methods.base import METHODS
 from ris_bench.model import RISModel, count
 from ris_bench.records import Choice
 from ris_bench.registry import Registry
-from ris_bench.report import published
 
 COLUMNS = ("backbone", "prompt", "head")
 """Of the papers: what is tuned in the backbone or injected into it, words learned in front of a sentence, the head."""

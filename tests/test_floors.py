@@ -9,15 +9,15 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ris_bench"
 FLOORS = [
-    ("errors", "cache", "records", "registry", "located", "results"),
+    ("errors", "cache", "records", "registry", "located", "published", "results"),
     ("data", "metrics", "protocols", "predictions", "resampling", "scoring"),
     ("speed", "backbones"),
     ("methods",),
     ("head",),
     ("model", "plugins"),
     ("checkpoints", "training", "evaluation", "features", "pretrain", "official"),
-    ("trial", "layout", "plan", "experiment", "export"),
-    ("report", "progress", "sweep", "params", "predict"),
+    ("trial", "layout", "plan", "experiment", "export", "rescored"),
+    ("report", "progress", "status", "sweep", "params", "predict"),
     ("cli",),
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

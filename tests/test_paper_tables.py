@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ris_bench import plan
+from ris_bench import plan, published
 from ris_bench.errors import UserError
 from ris_bench.experiment import Experiment, load
 from ris_bench.layout import METRICS
 from ris_bench.records import Cost, Params, Provenance, Result, Scores, Trial
-from ris_bench.report import published
 from ris_bench.report.tables import Table, render
 
 ROOT = Path(__file__).parent.parent

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ris_bench import cli, params
+from ris_bench import cli, params, published
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS
-from ris_bench.report import published
 
 ROOT = Path(__file__).parents[1]
 TABLES = published.load().tables

@@ -6,12 +6,12 @@ from statistics import fmean
 
 import pytest
 
+from ris_bench import published
 from ris_bench.data.dataset import DATASETS
 from ris_bench.errors import UserError
 from ris_bench.layout import METRICS
+from ris_bench.published import agreement
 from ris_bench.records import Choice
-from ris_bench.report import published
-from ris_bench.report.published import agreement
 
 TABLES = published.load().tables
 

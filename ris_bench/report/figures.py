@@ -21,12 +21,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
+from ris_bench import published
 from ris_bench.errors import UserError
 from ris_bench.layout import METRICS
 from ris_bench.plan import Experiment, Run
 from ris_bench.protocols import RIS_BENCH
 from ris_bench.records import Result
-from ris_bench.report import breakdowns, published
+from ris_bench.report import breakdowns
 from ris_bench.report.drawing import (
     FORMATS,
     PROTOCOL,
