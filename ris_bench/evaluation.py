@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ from ris_bench.data.loading import Tokenizer, expression_batches
 from ris_bench.data.samples import Sample
 from ris_bench.data.transforms import Frame, Letterbox, restore
 from ris_bench.errors import UserError
+from ris_bench.files import whole
 from ris_bench.protocols import RIS_BENCH, Protocol
 from ris_bench.records import Scores
 
@@ -106,12 +106,8 @@ def write(frames: Mapping[str, pd.DataFrame], path: Path) -> None:
     """
     table = pd.concat([frame.assign(split=name) for name, frame in frames.items()], ignore_index=True)
     table = table.drop(columns=[column for column in table.columns if "@" in column])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path) as temporary:
         table.to_parquet(temporary, index=False)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def overlays(

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from ris_bench import located, published
 from ris_bench.errors import UserError
+from ris_bench.files import write_whole
 from ris_bench.layout import COSTS, COUNTS, METRICS, Column, Layout
 from ris_bench.records import Result, Trial, plain
 from ris_bench.registry import checked
-from ris_bench.results import write_whole
 
 if TYPE_CHECKING:  # it imports torch
     from ris_bench.plugins import Plugin

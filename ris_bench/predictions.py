@@ -37,6 +37,7 @@ from pycocotools import mask as coco_mask
 
 from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
+from ris_bench.files import whole
 from ris_bench.protocols import GEOMETRIES, Geometry
 from ris_bench.registry import checked
 
@@ -194,12 +195,8 @@ def write(
     )
     _header(header, str(path))
     records = (_record(prediction, maps, str(path)) for prediction in predictions)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole(path) as temporary:
         _WRITERS[path.suffix](temporary, header, records)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> Predictions:

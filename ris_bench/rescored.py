@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ris_bench.errors import UserError
+from ris_bench.files import write_whole
 from ris_bench.protocols import RIS_BENCH, Protocol
 from ris_bench.records import Result, Scores
-from ris_bench.results import Store, read_done, write_whole
+from ris_bench.results import Store, read_done
 
 if TYPE_CHECKING:  # it imports torch
     from ris_bench.scoring import Score

@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ris_bench.errors import UserError
+from ris_bench.files import write_whole
 from ris_bench.records import Result, Trial
 
 CHECKPOINTS = "checkpoints"
@@ -247,18 +248,6 @@ def _is_sound(result: Result) -> bool:
         and all(0 <= share <= 1 for share in shares)
         and all(amount >= 0 for amount in amounts)
     )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all, in a folder that is made where it is not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        # Half of a surrogate pair, which JSON can hold, is no text.
-        temporary.write_text(text, encoding="utf-8", errors="replace")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _flush(paths: Iterable[Path]) -> None:

@@ -27,10 +27,11 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ris_bench.errors import UserError
+from ris_bench.files import write_whole
 from ris_bench.progress import Display
 from ris_bench.records import Params, Result, Trial
 from ris_bench.report import folder
-from ris_bench.results import PROGRESS, Store, this_process, write_whole
+from ris_bench.results import PROGRESS, Store, this_process
 
 if TYPE_CHECKING:  # all import torch, and a sweep with nothing to run needs none
     from ris_bench.experiment import Experiment

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ris_bench"
 FLOORS = [
-    ("errors", "cache", "records", "registry", "located", "published", "results"),
+    ("errors", "files", "cache", "records", "registry", "located", "published", "results"),
     ("data", "metrics", "protocols", "predictions", "resampling", "scoring"),
     ("speed", "backbones"),
     ("methods",),

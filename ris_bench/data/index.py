@@ -16,7 +16,6 @@ import gc
 import hashlib
 import inspect
 import json
-import os
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,6 +31,7 @@ import pyarrow.parquet as pq
 from ris_bench import cache
 from ris_bench.data.samples import NO_TARGET, Other, Sample
 from ris_bench.errors import UserError
+from ris_bench.files import whole
 
 Splits = dict[str, list[Sample]]
 """Samples of every split, also of one that has none, ordered by (ref_id, sentence_index)."""
@@ -105,16 +105,11 @@ def save(name: str, key: str, image_folder: Path, splits: Splits) -> Splits:
     pq.write_table(table, sink, compression="zstd")
     content = sink.getvalue()
     path = _path(name, key)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                file.write(hashlib.sha256(content).digest())
-                file.write(content)
-            os.replace(temporary, path)  # Another process may have been faster; what it made is the same.
-        finally:
-            temporary.unlink(missing_ok=True)
+        with whole(path) as temporary, temporary.open("wb") as file:  # what another process may make is the same
+            file.write(hashlib.sha256(content).digest())
+            file.write(content)
     return stored
 
 

@@ -8,7 +8,6 @@ SVG, and the same results give the same bytes.
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -24,6 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
+from ris_bench.files import whole
 from ris_bench.layout import METRICS
 from ris_bench.protocols import RIS_BENCH
 
@@ -113,12 +113,10 @@ def save(drawing: Drawing, folder: Path, formats: Sequence[str] = FORMATS) -> li
     written = []
     for suffix in formats:
         path = folder / f"{drawing.name}.{suffix}"
-        temporary = folder / f".{path.name}.{os.getpid()}"
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), whole(path) as temporary:
             # No font has every letter: a box stands for it in the PNG, and the SVG has the letter itself.
             warnings.filterwarnings("ignore", "Glyph .* missing from")
             drawing.figure.savefig(temporary, format=suffix, metadata=metadata[suffix])
-        temporary.replace(path)
         written.append(path)
     return written
 

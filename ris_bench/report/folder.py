@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ris_bench import plan
+from ris_bench.files import write_whole
 from ris_bench.records import Result
 from ris_bench.report import tables
-from ris_bench.results import Store, write_whole
+from ris_bench.results import Store
 
 if TYPE_CHECKING:
     from ris_bench.plan import Experiment

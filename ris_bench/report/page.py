@@ -20,11 +20,12 @@ import jinja2
 import yaml
 from markupsafe import Markup  # of jinja2
 
+from ris_bench.files import write_whole
 from ris_bench.layout import COSTS, COUNTS, METRICS
 from ris_bench.records import Result, plain
 from ris_bench.report import tables
 from ris_bench.report.gallery import KINDS, LIMIT, gallery
-from ris_bench.results import Store, write_whole
+from ris_bench.results import Store
 
 if TYPE_CHECKING:  # the last imports matplotlib
     from ris_bench.plan import Experiment

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 from tabulate import tabulate
 
 from ris_bench import published
+from ris_bench.files import write_whole
 from ris_bench.layout import COSTS, COUNTS, METRICS, PUBLISHED_COUNTS, Column
 from ris_bench.protocols import MARKS as MANNERS
 from ris_bench.protocols import RIS_BENCH
 from ris_bench.records import Result, Trial
-from ris_bench.results import write_whole
 
 if TYPE_CHECKING:  # it imports torch, with the methods that it names
     from ris_bench.experiment import Experiment, Run
