@@ -112,28 +112,29 @@ class Loop:
         splits = self.training.out_of_memory == "split"
         while True:
             # What a part that did fit has changed already.
-            random = {kind: generator.get_state() for kind, generator in self._generators.items()}
+            random = {kind: generator.get_state() for kind, generator in self._generators.items()} if splits else {}
             statistics = self.model.moving_statistics() if splits else {}
             before = {name: tensor.clone() for name, tensor in statistics.items()}
             try:
                 loss = self._gradients(batch)
-                if math.isfinite(loss):
-                    self.scaler.step(self.optimizer)
-                    self.scaler.update()
-                self.optimizer.zero_grad()
-                return loss
+                break
             except (RuntimeError, MemoryError) as error:
                 # BatchNorm in the head needs two samples in each part.
                 if not (splits and out_of_memory(error) and 2 * self.parts <= len(batch.index_B) // 2):
                     raise
             self.parts *= 2
             self.optimizer.zero_grad()
-            for kind, generator in self._generators.items():
-                generator.set_state(random[kind])
+            for kind, state in random.items():
+                self._generators[kind].set_state(state)
             for name, tensor in before.items():
                 statistics[name].copy_(tensor)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        if math.isfinite(loss):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad()
+        return loss
 
     def _gradients(self, batch: Batch) -> float:
         """Add those of a batch, and give its loss."""
