@@ -92,8 +92,9 @@ def run_trial(trial: Trial, folder: Path, places: Places, report: Callable[[Prog
             hint = "" if trial.train.out_of_memory == "split" else "; train.out_of_memory: split tries smaller parts"
             error += f" (the peak was {run.peak() / 2**30:.1f} GiB{hint})"
     finally:
-        with suppress(OSError):
-            run.board.close()
+        if "board" in vars(run):
+            with suppress(OSError):
+                run.board.close()
     return run.result(status, error)
 
 
