@@ -67,7 +67,7 @@ def test_three_lines_in_a_notebook(home, photo):
 
 
 def test_a_checkpoint_is_a_trial_or_a_folder(home, photo):
-    (folder,) = (home / "results" / "trials").iterdir()
+    (folder,) = (home / "results" / "trials").glob("[!.]*")
     expected = load(home / "exported")(photo, "a cup").probability
     for name in (folder, str(folder), folder.name, folder.name[:-3]):
         found = load(name, results=home / "results")

@@ -64,6 +64,7 @@ def test_a_trial_leaves_what_it_promises(tmp_path):
         "tuned.safetensors",
         "log.txt",
         "overlays",
+        "tensorboard",
     }
     frame = pd.read_parquet(tmp_path / "t" / "expressions.parquet")
     assert list(dict.fromkeys(frame["split"])) == list(one.eval.splits)

@@ -172,7 +172,7 @@ def _print_trials(trials: list[Trial], waiting: int, chosen: Sequence[str], *, a
         return
     for row in rows:
         row |= {name.replace("_", " "): number for name, number in row.pop("params").items()}
-    print(tabulate(rows, headers="keys", intfmt=("", "", "", "", "", *[","] * 4)))
+    print(tabulate(rows, headers="keys", intfmt=("", "", "", "", "", *[","] * 5)))
     later = f"; more once the best {' and '.join(chosen)} is known" if chosen else ""
     print(f"\n{len(trials)} trials, {waiting} to run{later}")
 
