@@ -297,7 +297,7 @@ def test_without_results_there_is_nothing_but_lines(tmp_path):
     experiment = read(tmp_path)
     with pytest.warns(UserWarning) as warned:
         assert figures.write(experiment, {}, tmp_path / "out") == []
-    assert len(warned) == 14
+    assert len(warned) == 15
     assert all(str(each.message).endswith(": no trial of it has a result") for each in warned)
     assert not (tmp_path / "out").exists()
 
