@@ -313,6 +313,7 @@ def _provenance(result: Result) -> Mapping[str, object]:
         "Uncommitted changes": {True: "yes", False: "no", None: "unknown"}[made.dirty],
         "Device": cost and f"{cost.device}, {made.precision}",
         "Time": cost and f"{cost.train_seconds:,.0f} s training, {cost.eval_seconds:,.0f} s evaluation",
+        "Micro-batches": cost and cost.micro_batches,
         "Peak memory": cost and f"{cost.peak_memory_bytes / 2**20:,.0f} MiB",
         "Parameters": params
         and f"{params.tunable_backbone:,} tuned in the backbone, {params.tunable_head:,} in the head; {params.total:,}",
