@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # it imports torch
     from ris_bench.scoring import Score
 
 FILE = "protocols.json"
-"""In the folder of a trial: by protocol and split, the scores as `Scores` has them, and the marks of protocols.MARKS."""
+"""In the folder of a trial: by protocol and split, the scores as `Scores` has them, and marks of protocols.MARKS."""
 CLOSE = 1e-3
 """How far the mIoU of a trial's predictions may be from its own: maps are kept with half the digits."""
 
