@@ -148,6 +148,14 @@ def _rules(trial: Trial, dataset: Dataset) -> Iterator[tuple[str, bool, str]]:
     yield "train.split", not train.split.startswith("test"), "no test split: those are only for the final scores"
     yield "eval.select_on", evaluation.select_on in dataset.eval_splits, f"a split of {dataset.name}: {splits}"
     yield "eval.every", evaluation.every >= 1, "at least 1"
+    stops = [epoch for epoch, _ in train.stop_below]
+    yield "train.stop_below", stops == sorted(set(stops)) and min(stops, default=1) >= 1, "epochs in ascending order"
+    validated = all(epoch % evaluation.every == 0 for epoch in stops)
+    yield (
+        "train.stop_below",
+        validated,
+        f"epochs that are validated, each a multiple of {evaluation.every} (eval.every)",
+    )
     yield "eval.threshold", 0 < evaluation.threshold < 1, "between 0 and 1, both excluded"
     known = all(split in dataset.eval_splits for split in bare)
     yield "eval.splits", known, f"splits of {dataset.name}, each also as SPLIT/shuffled: {splits}"

@@ -42,6 +42,8 @@ class Training:
 
     The batch stays what it was; but the head normalises over a micro-batch, so that scores depend on where that is.
     """
+    stop_below: tuple[tuple[int, float], ...] = ()
+    """Epochs with a score: training ends after one of them if the best validation score so far is lower."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +191,11 @@ class Result:
     cost: Cost | None
     provenance: Provenance
 
+    @property
+    def stopped(self) -> bool:
+        """Whether its training was ended before the last epoch, as `Training.stop_below` says."""
+        return self.status == "done" and bool(self.history) and self.history[-1].epoch < self.trial.train.epochs
+
     def to_json(self) -> str:
         return json.dumps({"id": self.trial.id, **plain(self)}, indent=1)
 
@@ -210,7 +217,7 @@ class Result:
         )
 
 
-_LATER = (("code", None), ("out_of_memory", "fail"))
+_LATER = (("code", None), ("out_of_memory", "fail"), ("stop_below", ()))
 """Fields that trials once were without: with this value they are left out, so that a trial is still the same trial."""
 
 

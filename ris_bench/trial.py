@@ -171,6 +171,8 @@ class _Run:
         self.lap()
         for epoch in train(self.loop, batches, self.on_step):
             if epoch.epoch <= len(self.history):  # it was over before the checkpoint that training goes on from
+                if self.is_outdone():
+                    break
                 continue
             line = epoch
             if validated := epoch.epoch % trial.eval.every == 0 or epoch.epoch == training.epochs:
@@ -184,6 +186,8 @@ class _Run:
             self.draw([line])
             if validated:
                 self.save()
+            if self.is_outdone():
+                break
         model.set_tuned(self.best, "the selected checkpoint")
         model.save_tuned(self.folder / "tuned.safetensors")
 
@@ -195,7 +199,7 @@ class _Run:
             self.log(f"{split}: {self.scores[split]}")
         evaluation.write({split: self.frames[split] for split in samples}, self.folder / "expressions.parquet")
         evaluation.overlays(model, validation, self.folder / "overlays", **self.settings)
-        self.cost = self.measure(batches.num_referents * training.epochs)
+        self.cost = self.measure(batches.num_referents * len(self.history))
 
     @cached_property
     def board(self) -> SummaryWriter:
@@ -312,6 +316,11 @@ class _Run:
 
     def metric(self, epoch: Epoch) -> float:
         return getattr(epoch, self.trial.eval.metric)
+
+    def is_outdone(self) -> bool:
+        """Whether the training is to end here, because of what it has reached so far."""
+        wanted = dict(self.trial.train.stop_below).get(len(self.history), 0.0)
+        return self.selected is not None and self.metric(self.selected) < wanted
 
     def lap(self) -> float:
         """Seconds since the last call."""

@@ -9,6 +9,7 @@ import pickle
 import random
 import resource
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -177,6 +178,27 @@ def test_wherever_it_is_killed(event, number, goes_on, tmp_path, undisturbed):
     assert (seen.count("train") < phases.count("train")) == goes_on
     if event == "evaluate testA":
         assert set(seen) == {"load", "evaluate testA"}  # what was finished is not repeated
+
+
+def test_a_trial_that_is_outdone_stops_there_also_when_it_was_killed_just_then(tmp_path, undisturbed):
+    expected = undisturbed("bridger")[0]
+    cut = lambda *stops: replace(TRIALS["bridger"], train=replace(TRIALS["bridger"].train, stop_below=stops))  # noqa: E731
+    reached = expected.history[1].miou
+    assert cut().id == TRIALS["bridger"].id != cut((2, reached)).id
+    assert run(cut((2, reached)), tmp_path / "reached", 0).history == expected.history
+
+    one = cut((2, reached + 1e-6))
+    stopped = run(one, tmp_path / "stopped", 0)
+    assert stopped.stopped and not expected.stopped
+    assert stopped.history == expected.history[:2]
+    assert stopped.selected_epoch == 2
+    assert stopped.scores["val"].miou == reached
+    steps = undisturbed("bridger")[2].count("train") // 3
+    killed(one, tmp_path / "killed", "kept", 2 * steps + 1)  # it has validated that epoch, and saved it
+    seen = []
+    result = run(one, tmp_path / "killed", ALWAYS, lambda progress: seen.append(progress.phase))
+    check_same(result, tmp_path / "killed", stopped, tmp_path / "stopped")
+    assert "train" not in seen
 
 
 class Stop:
