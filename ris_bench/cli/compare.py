@@ -17,7 +17,7 @@ def add(verbs: Any) -> None:
         "compare",
         help="say which differences between the rows of a table are more than chance",
         description="Compares every row of an experiment's table with one of them, from results alone: differences, "
-        "95%% intervals and p-values by a paired bootstrap over images, the latter also corrected after Holm for their "
+        "95% intervals and p-values by a paired bootstrap over images, the latter also corrected after Holm for their "
         "number, beside the noise of the seeds.",
     )
     compare.set_defaults(call=_call)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, product
@@ -400,12 +401,13 @@ def _notes(
         yield f"Expressions: {sizes}."
     if known:
         made = [result.provenance for result in known]
-        code = ", ".join(
-            _distinct(f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}" for p in made)
-        )
+        versions = Counter(f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}" for p in made)
+        code = "Commit " + ", ".join(versions)
+        if len(versions) > 1:  # a number may be another by another code
+            code = "Trials by different code: commit " + ", ".join(f"{v} ({n})" for v, n in versions.items())
         how = ", ".join(_distinct(f"{r.provenance.precision} on {r.cost.device}" for r in known if r.cost))
         days = sorted({p.started[:10] for p in made})
-        yield "; ".join(filter(None, [f"Commit {code}", how, " to ".join(_distinct((days[0], days[-1])))])) + "."
+        yield "; ".join(filter(None, [code, how, " to ".join(_distinct((days[0], days[-1])))])) + "."
     failed = sum(result.status == "failed" for result in known)
     counts = [f"{len(known) - failed} of {len(wanted)} trials done"]
     counts += [f"{failed} failed"] if failed else []
