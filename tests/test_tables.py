@@ -122,7 +122,7 @@ probability is greater than 0.35.
 - Trained on train; checkpoint selected on val by mIoU.
 - {a}\\~b^c\\\\d \\$5 #1 &lt;x> \\[y] p\\|q \\*z\\*
 - Expressions: refcoco val 10, refcoco testA 10, refcoco+ val 10, refcoco+ testA 10.
-- Trials by different code: commit 1a2b3c4 (13), 1a2b3c4 with uncommitted changes (5); fp16 on a GPU; 2026-03-04 to 2026-03-05.
+- Different code: commit 1a2b3c4 (13), 1a2b3c4 with uncommitted changes (5); fp16 on a GPU; 2026-03-04 to 2026-03-05.
 - 13 of 24 trials done, 5 failed, 6 not run.
 - ∗ Some of the seeds have no result.
 """
@@ -151,7 +151,7 @@ Mean $\pm$ sample standard deviation over 3 seeds (0, 1, 2).\par
 Trained on train; checkpoint selected on val by mIoU.\par
 \{a\}\textasciitilde{}b\textasciicircum{}c\textbackslash{}d \$5 \#1 \textless{}x\textgreater{} {[}y] p\textbar{}q {*}z{*}\par
 Expressions: refcoco val 10, refcoco testA 10, refcoco+ val 10, refcoco+ testA 10.\par
-Trials by different code: commit 1a2b3c4 (13), 1a2b3c4 with uncommitted changes (5); fp16 on a GPU; 2026-03-04 to 2026-03-05.\par
+Different code: commit 1a2b3c4 (13), 1a2b3c4 with uncommitted changes (5); fp16 on a GPU; 2026-03-04 to 2026-03-05.\par
 13 of 24 trials done, 5 failed, 6 not run.\par
 $^\ast$ Some of the seeds have no result.\par
 }

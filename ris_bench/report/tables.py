@@ -404,7 +404,7 @@ def _notes(
         versions = Counter(f"{p.commit or 'unknown'}{' with uncommitted changes' if p.dirty else ''}" for p in made)
         code = "Commit " + ", ".join(versions)
         if len(versions) > 1:  # a number may be another by another code
-            code = "Trials by different code: commit " + ", ".join(f"{v} ({n})" for v, n in versions.items())
+            code = "Different code: commit " + ", ".join(f"{v} ({n})" for v, n in versions.items())
         how = ", ".join(_distinct(f"{r.provenance.precision} on {r.cost.device}" for r in known if r.cost))
         days = sorted({p.started[:10] for p in made})
         yield "; ".join(filter(None, [code, how, " to ".join(_distinct((days[0], days[-1])))])) + "."
