@@ -34,7 +34,7 @@ class Plugin:
     sha256: str
     """Of the file; of all Python files of a package."""
     source: bytes | None = field(repr=False)
-    """What a file holds: another machine need not have it. A module is imported from where it is installed."""
+    """What a file holds: another machine need not have it. A module is imported, and sent by its `roots`."""
 
     def load(self) -> None:
         """Run the code, once a process. UserError where it fails, registers nothing, or is another than was found."""
@@ -55,6 +55,13 @@ class Plugin:
                 "@METHODS('my-method')"
             )
         LOADED[self.name] = self.sha256
+
+    def roots(self) -> list[Path]:
+        """Where the top-level package of a module lies, or its file; nothing for a plug-in that travels with this."""
+        if self.source is not None:
+            return []
+        spec = importlib.util.find_spec(self.name.partition(".")[0])
+        return list(map(Path, spec.submodule_search_locations or [spec.origin]))
 
     def _run(self) -> None:
         if self.source is None:

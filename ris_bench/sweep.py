@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -18,9 +19,9 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +63,37 @@ Execute = Callable[[list[Trial], "Job", Watcher], None]
 
 
 @dataclass(frozen=True)
+class Driver:
+    """What the nodes of a cluster have to know of the process that sends them code and trials."""
+
+    commit: str | None
+    dirty: bool | None
+    versions: Mapping[str, str]
+
+    @classmethod
+    def here(cls) -> Driver:
+        from ris_bench.trial import checkout, versions
+
+        commit, dirty = checkout()
+        return cls(commit, dirty, versions())
+
+    def check_versions(self) -> None:
+        """Raises UserError where this process computes with another software: a table is made with one."""
+        from ris_bench.trial import versions
+
+        # What stands after a plus is how it was built: for a GPU or without.
+        theirs, ours = ({name: v.partition("+")[0] for name, v in each.items()} for each in (self.versions, versions()))
+        if other := [f"{name} {ours[name]} instead of {theirs[name]}" for name in theirs if ours[name] != theirs[name]]:
+            raise UserError(f"this node has {', '.join(other)}: install what the machine has that starts the sweep")
+
+    def sign(self, result: Result) -> Result:
+        """Code that was sent lies in no checkout; and of a failure it has to be known on which node it was."""
+        provenance = replace(result.provenance, commit=self.commit, dirty=self.dirty)
+        error = result.error and f"{result.error} (on {socket.gethostname()})"
+        return replace(result, provenance=provenance, error=error)
+
+
+@dataclass(frozen=True)
 class Job:
     """What is done with a trial, in whichever process it runs."""
 
@@ -69,6 +101,8 @@ class Job:
     store: Store
     places: Places
     plugins: tuple[Plugin, ...] = ()
+    driver: Driver | None = None
+    """Who has sent the code of this process here; None where it runs the code of its own machine."""
 
     def __call__(self, trial: Trial, report: Report) -> Result:
         known = self.store.read(trial)
@@ -87,6 +121,8 @@ class Job:
             report(progress)
 
         try:
+            if self.driver:
+                self.driver.check_versions()
             for plugin in self.plugins:
                 plugin.load()
             result = self.run_trial(trial, folder, self.places, told)
@@ -94,6 +130,8 @@ class Job:
             with (folder / "log.txt").open("a", encoding="utf-8") as log:
                 traceback.print_exc(file=log)
             result = failure(trial, one_line(error))
+        if self.driver:
+            result = self.driver.sign(result)
         (folder / PROGRESS).unlink(missing_ok=True)
         return self.store.finish(folder, result)
 
@@ -148,16 +186,18 @@ def pending(experiment: Experiment, store: Store, results: dict[str, Result], on
         results |= known  # more may be asked for now: an experiment chooses by what is known
 
 
-def check(trials: list[Trial], store: Store, places: Places) -> None:
-    """Raises UserError where a trial cannot succeed: no place to write to, no data, no weights, an impossible model."""
+def check(trials: list[Trial], store: Store, places: Places, *, elsewhere: bool = False) -> None:
+    """Raises UserError where a trial cannot succeed: no place to write to, an impossible model; no data, no weights,
+    but for those that run `elsewhere`, where there may be some."""
     from ris_bench.backbones import weights
     from ris_bench.data.dataset import DATASETS
 
     store.check_writable()
-    for dataset in {repr(trial.dataset): trial.dataset for trial in trials}.values():
+    datasets = {} if elsewhere else {repr(trial.dataset): trial.dataset for trial in trials}
+    for dataset in datasets.values():
         DATASETS.build(dataset).locate(places.data)
     count_parameters(trials)
-    for name in sorted({trial.backbone.name for trial in trials}):
+    for name in () if elsewhere else sorted({trial.backbone.name for trial in trials}):
         for kind in weights.KINDS.get(name, ()):  # a plug-in's backbone has ways of its own
             weights.locate(kind, places.weights)
 
@@ -298,6 +338,7 @@ RAY_SETTINGS = {
 def through_ray(
     *,
     address: str | None = None,
+    plugins: Iterable[Plugin] = (),
     max_concurrent: int | None = None,
     gpus_per_trial: float | None = None,
     patience: float = 0,
@@ -308,7 +349,8 @@ def through_ray(
     stops the sweep lets the step that is running in each trial end.
 
     `address` is "host:port" of a running cluster, or "auto" for the one of this machine; None starts Ray on this
-    machine alone. Raises UserError for a cluster that does not answer and for a request that no node can satisfy.
+    machine alone. A cluster is sent this package, and the `plugins` that are modules. Raises UserError for a cluster
+    that does not answer, and for a request that no node can satisfy.
     """
     os.environ.update(RAY_SETTINGS)
     try:
@@ -319,7 +361,7 @@ def through_ray(
     with ExitStack() as stack:
         stack.enter_context(redirect_stdout(sys.stderr))  # what Ray prints are warnings
         if not ray.is_initialized():
-            _connect(address)
+            _connect(address, plugins)
             stack.callback(ray.shutdown)
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are ours to tell
         gpus = gpus_per_trial
@@ -335,17 +377,16 @@ def through_ray(
             )
 
         def execute(trials: list[Trial], job: Job, watcher: Watcher) -> None:
-            # Tune's own state is no truth of ours; on a cluster it has to lie where every node can write.
             if address is not None:
-                job.store.root.mkdir(parents=True, exist_ok=True)
-            shared = None if address is None else job.store.root
-            with tempfile.TemporaryDirectory(prefix=".ray-", dir=shared) as folder:
+                job = replace(job, driver=Driver.here())
+            # Tune's own state is no truth of ours, and only its checkpoints, of which there are none, come from nodes.
+            with tempfile.TemporaryDirectory(prefix="ris-bench-") as folder:
                 _tune(trials, job, watcher, folder=folder, gpus=gpus, max_concurrent=max_concurrent, patience=patience)
 
         yield execute
 
 
-def _connect(address: str | None) -> None:
+def _connect(address: str | None, plugins: Iterable[Plugin] = ()) -> None:
     import ray
 
     if address not in (None, "auto"):
@@ -355,15 +396,33 @@ def _connect(address: str | None) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
         except (ValueError, OSError) as error:
             raise UserError(f"no Ray cluster at {address} ({error}): --address takes HOST:PORT or auto") from error
-    own = {"include_dashboard": False} if address is None else {}
-    try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own)
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        what, advice = "does not start", "--executor local works without it"
-        if address:
-            what = f"at {address} does not let us in"
-            advice = "set RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH here as on its nodes"
-        raise UserError(f"Ray {what} ({one_line(error)}): {advice}") from error
+    with ExitStack() as stack:
+        own: dict[str, Any] = {"include_dashboard": False}
+        if address is not None:
+            # Not as py_modules: workers would look for modules in the folder that the sweep was started in first.
+            code = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ris-bench-")))
+            for root in (Path(__file__).parent, *(root for plugin in plugins for root in plugin.roots())):
+                if root.is_dir():
+                    left_out = shutil.ignore_patterns("__pycache__")
+                    shutil.copytree(root, code / root.name, ignore=left_out, dirs_exist_ok=True)
+                else:
+                    shutil.copy(root, code)
+            own = {"runtime_env": {"working_dir": str(code)}}
+        try:
+            ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own)
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            what, advice = "does not start", "--executor local works without it"
+            if "Version mismatch" in str(error):
+                what, advice = f"at {address} is another one", "install the same versions of Ray and Python here"
+            elif isinstance(error, ray.exceptions.RuntimeEnvSetupError):
+                what, advice = (
+                    f"at {address} does not take the code",
+                    "name a large plug-in by its file",
+                )
+            elif address:
+                what = f"at {address} does not let us in"
+                advice = "set RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH here as on its nodes"
+            raise UserError(f"Ray {what} ({' '.join(str(error).split())}): {advice}") from error
 
 
 @contextmanager
@@ -456,7 +515,7 @@ def _tune(
             elif ours.id in begun:
                 reason = "its process died twice: killed, out of memory, or its node was lost"
             else:
-                reason = "its process could not start: does every node have this package, in this version?"
+                reason = "its process could not start: does every node have the packages that this one needs?"
             watcher.finished(job.lost(ours, reason, str(error or "")))
 
     tuner = tune.Tuner(

@@ -22,7 +22,7 @@ import torch
 from tensorboardX import SummaryWriter
 from torch import Tensor
 
-from ris_bench import cache, checkpoints, evaluation, plugins
+from ris_bench import __version__, cache, checkpoints, evaluation, plugins
 from ris_bench.backbones.weights import Weights
 from ris_bench.data.audit import separate
 from ris_bench.data.dataset import DATASETS
@@ -414,6 +414,20 @@ def device_name(device: torch.device) -> str:
 
 def provenance(started: datetime, weights: dict[str, str], precision: str) -> Provenance:
     """Which code and packages are at work; the commit is None outside a checkout of the project."""
+    commit, dirty = checkout()
+    return Provenance(
+        commit=commit,
+        dirty=dirty,
+        versions=versions(),
+        weights=weights,
+        precision=precision,
+        started=started.isoformat(timespec="seconds"),
+        plugins=dict(plugins.LOADED),
+    )
+
+
+def checkout() -> tuple[str | None, bool | None]:
+    """The commit of the project, and whether the package differs from it; None without a checkout or git."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:
@@ -423,19 +437,13 @@ def provenance(started: datetime, weights: dict[str, str], precision: str) -> Pr
             return None
         return done.stdout.strip()
 
-    tracked = git("ls-files", "--error-unmatch", "__init__.py") is not None
-    return Provenance(
-        commit=git("rev-parse", "HEAD") if tracked else None,
-        dirty=bool(git("status", "--porcelain", "--", here)) if tracked else None,
-        versions=versions(),
-        weights=weights,
-        precision=precision,
-        started=started.isoformat(timespec="seconds"),
-        plugins=dict(plugins.LOADED),
-    )
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return None, None
+    return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", here))
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
-    packages = ("torch", "open_clip_torch", "timm", "peft", "numpy", "ris-bench")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    """Of what computes. This package itself need not be installed: a cluster is sent it."""
+    packages = ("torch", "open_clip_torch", "timm", "peft", "numpy")
+    installed = {name: importlib.metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **installed, "ris-bench": __version__}

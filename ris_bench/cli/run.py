@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ again. Ctrl-C lets the steps that are running end and saves where their trials s
 
 exit code:  0 all well   1 a trial failed   2 bad input, nothing was run   130 stopped
 
-On a cluster (--address) every node must see the results, data and weights under the same paths and have this package
-installed; its driver and nodes need one token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE.
+On a cluster (--address) every node must see the results, and find data and weights, under the same paths. Nodes are
+sent this package; what it depends on has to be installed there, in the same versions. Driver and nodes need one token:
+RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE.
 """
 
 
@@ -140,9 +142,11 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         feature_bytes=int(args.feature_cache * 1e9),
         checkpoint_seconds=60 * args.checkpoint_minutes,
     )
+    ray_options["plugins"] = experiment.plugins
     executor = sweep.in_process() if args.executor == "local" else sweep.through_ray(**ray_options)
     job = sweep.Job(run_trial, store, places, experiment.plugins)
-    results = sweep.run(experiment, job, executor, only=args.only)
+    check = partial(sweep.check, elsewhere=args.address is not None)
+    results = sweep.run(experiment, job, executor, only=args.only, check=check)
 
     print(folder.keep(experiment, results, store.root / experiment.name).markdown, end="", flush=True)
     failed = [result for key, result in results.items() if result.status == "failed" and args.only in key]
