@@ -143,13 +143,14 @@ class Store:
     def held(self, what: str) -> Iterator[None]:
         """Be the only process that starts trials here, which is freed of it however it ends.
 
-        Raises UserError, which names the other, where one is at work.
+        Raises UserError, which names the other, where one is at work, and where nothing can be written.
         """
         folder = self.root / "trials"
-        folder.mkdir(parents=True, exist_ok=True)
         lock, told = FileLock(folder / _DRIVER_LOCK), folder / _DRIVER
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=1)  # who only asks whether somebody is at work has it for a moment
+            write_whole(told, json.dumps({"experiment": what, **this_process()}))
         except Timeout:
             holder = self.driver() or {}
             who = ", ".join(f"{key} {value}" for key, value in holder.items()) or "which has not said who it is"
@@ -157,8 +158,13 @@ class Store:
                 f"another run is at work in {self.root} ({who}); wait until it is done, stop it, or give another "
                 "--results"
             ) from None
+        except OSError as error:
+            lock.release()
+            raise UserError(
+                f"results cannot be written to {self.root} ({error.strerror or error}); make room, or give another "
+                "--results"
+            ) from None
         try:
-            write_whole(told, json.dumps({"experiment": what, **this_process()}))
             yield
         finally:
             told.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ris_bench.errors import UserError
-from ris_bench.files import write_whole
+from ris_bench.files import whole
 from ris_bench.progress import Display
 from ris_bench.records import Params, Result, Trial
 from ris_bench.report import folder
@@ -105,19 +105,26 @@ class Job:
     """Who has sent the code of this process here; None where it runs the code of its own machine."""
 
     def __call__(self, trial: Trial, report: Report) -> Result:
+        """Run a trial and keep what comes of it. Raises OSError where that cannot be written."""
         known = self.store.read(trial)
         if known and known.status == "done":  # the process of an earlier attempt died just after it
             return known
         folder = self.store.begin(trial)
         process = this_process()
-        tell = throttled(
-            lambda progress: write_whole(folder / PROGRESS, json.dumps({**progress._asdict(), **process})),
-            PULSE_SECONDS,
-        )
+
+        def note(progress: Progress) -> None:
+            try:
+                with whole(folder / PROGRESS) as temporary:
+                    temporary.write_text(json.dumps({**progress._asdict(), **process}), encoding="utf-8")
+            except FileNotFoundError:
+                raise  # another attempt has taken over: this process was thought dead
+            except OSError:
+                pass  # nobody can read how far it is, which is no reason to end it
+
+        tell = throttled(note, PULSE_SECONDS)
 
         def told(progress: Progress) -> None:
-            with suppress(OSError):  # nobody can read how far it is, which is no reason to end it
-                tell(progress)
+            tell(progress)
             report(progress)
 
         try:
@@ -127,7 +134,7 @@ class Job:
                 plugin.load()
             result = self.run_trial(trial, folder, self.places, told)
         except Exception as error:
-            with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            with suppress(OSError), (folder / "log.txt").open("a", encoding="utf-8") as log:
                 traceback.print_exc(file=log)
             result = failure(trial, one_line(error))
         if self.driver:
@@ -136,14 +143,17 @@ class Job:
         return self.store.finish(folder, result)
 
     def lost(self, trial: Trial, error: str, details: str = "") -> Result:
-        """Record a trial whose process is gone; what it had written, its log above all, is kept."""
-        folder = next(iter(self.store.attempts(trial)), None) or self.store.begin(trial)
-        if hung := next((line for line in reversed(_lines(folder / "log.txt")) if HUNG in line), None):
-            error = hung
-        (folder / PROGRESS).unlink(missing_ok=True)
-        with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            print(error, details, sep="\n", file=log)
-        return self.store.finish(folder, failure(trial, error))
+        """The failure of a trial whose process left no result; it is kept, where that can be written, with what the
+        process has written, its log above all."""
+        with suppress(OSError):
+            folder = next(iter(self.store.attempts(trial)), None) or self.store.begin(trial)
+            if hung := next((line for line in reversed(_lines(folder / "log.txt")) if HUNG in line), None):
+                error = hung
+            (folder / PROGRESS).unlink(missing_ok=True)
+            with (folder / "log.txt").open("a", encoding="utf-8") as log:
+                print(error, details, sep="\n", file=log)
+            return self.store.finish(folder, failure(trial, error))
+        return failure(trial, error)
 
 
 def _lines(path: Path) -> list[str]:
@@ -234,7 +244,8 @@ class _Keeper:
         self.display.finished(result)
 
     def write_tables(self) -> None:
-        folder.keep(self.experiment, self.results, self.store.root / self.experiment.name)
+        with suppress(OSError):  # the next ones may be written; who asks for the last ones is told
+            folder.keep(self.experiment, self.results, self.store.root / self.experiment.name)
 
 
 def run(
@@ -292,7 +303,11 @@ def in_process() -> Iterator[Execute]:
                 if asked():
                     raise KeyboardInterrupt
                 watcher.started(trial)
-                watcher.finished(job(trial, report))
+                try:
+                    result = job(trial, report)
+                except OSError as error:
+                    result = job.lost(trial, one_line(error))
+                watcher.finished(result)
 
     yield execute
 
@@ -531,7 +546,7 @@ def _tune(
             storage_path=folder,
             verbose=0,
             callbacks=[Relay()],
-            failure_config=tune.FailureConfig(max_failures=1),  # deaths only: a job lets no exception out
+            failure_config=tune.FailureConfig(max_failures=1),  # a death, or a result that could not be written
         ),
     )
     with _asked_to_stop(stop.touch) as asked:

@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import scalar
 from torch import Tensor
 
 from ris_bench import __version__, cache, checkpoints, evaluation, plugins
@@ -129,7 +131,7 @@ class _Run:
         self.loop: Loop | None = None
 
     def log(self, line: str) -> None:
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+        with suppress(OSError), open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} {line}\n")
 
     def execute(self) -> None:
@@ -202,9 +204,12 @@ class _Run:
         self.cost = self.measure(batches.num_referents * len(self.history))
 
     @cached_property
-    def board(self) -> SummaryWriter:
-        """For TensorBoard."""
-        return SummaryWriter(str(self.folder / "tensorboard"))
+    def board(self) -> EventsWriter:
+        """For TensorBoard. Not its SummaryWriter, whose thread ends when the disk is full: who adds more waits for it
+        for ever."""
+        folder = self.folder / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        return EventsWriter(str(folder / "events"))
 
     def draw(self, epochs: list[Epoch]) -> None:
         """Continue the learning curves."""
@@ -214,7 +219,9 @@ class _Run:
                 for name, tag in names.items():
                     if (value := getattr(epoch, name)) is not None:
                         tag = tag if "/" in tag else f"{self.trial.eval.select_on}/{tag}"
-                        self.board.add_scalar(tag, value, epoch.epoch)
+                        self.board.write_event(
+                            Event(wall_time=time.time(), step=epoch.epoch, summary=scalar(tag, value))
+                        )
             self.board.flush()
 
     @cached_property

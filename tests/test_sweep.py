@@ -203,6 +203,22 @@ def test_what_is_done_is_not_replaced(experiment, store):
     assert not late.exists()
 
 
+def test_who_was_thought_dead_ends_when_another_has_taken_over(experiment, store, monkeypatch):
+    monkeypatch.setattr(sweep, "PULSE_SECONDS", 0)
+    others = []
+
+    def overtaken(trial, folder, places, report):
+        report(told(trial, 1))
+        others.append(store.begin(trial))
+        report(told(trial, 2))
+        raise AssertionError("it goes on")
+
+    trial = experiment.trials()[0]
+    with pytest.raises(FileNotFoundError):
+        sweep.Job(overtaken, store, Places(data=Path("/nowhere"), weights=None))(trial, lambda progress: None)
+    assert store.attempts(trial) == others
+
+
 def test_results_cannot_be_written_into_a_file(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="not a writable folder"):

@@ -122,7 +122,7 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     # Only now: these import torch.
     from ris_bench import sweep
     from ris_bench.experiment import load
-    from ris_bench.report import folder
+    from ris_bench.report import folder, tables
     from ris_bench.trial import Places, run_trial
 
     experiment = load(args.experiment, args.set)
@@ -148,11 +148,17 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     check = partial(sweep.check, elsewhere=args.address is not None)
     results = sweep.run(experiment, job, executor, only=args.only, check=check)
 
-    print(folder.keep(experiment, results, store.root / experiment.name).markdown, end="", flush=True)
+    print(tables.render(experiment, results).markdown, end="", flush=True)
     failed = [result for key, result in results.items() if result.status == "failed" and args.only in key]
     for result in failed:
         log = args.results / "trials" / result.trial.id / "log.txt"
-        print(f"failed: {result.trial.id}: {result.error}; see {log}", file=sys.stderr)
+        see = f"; see {log}" if log.exists() else ""
+        print(f"failed: {result.trial.id}: {result.error}{see}", file=sys.stderr)
+    try:
+        folder.keep(experiment, results, store.root / experiment.name)
+    except OSError as error:
+        print(f"error: the tables cannot be written to {args.results / experiment.name} ({error})", file=sys.stderr)
+        return 1
     return 1 if failed else 0
 
 
