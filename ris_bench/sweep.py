@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -230,18 +230,21 @@ class _Keeper:
     experiment: Experiment
     store: Store
     results: dict[str, Result]
-    display: Display
+    watchers: Sequence[Watcher]
 
     def started(self, trial: Trial) -> None:
-        self.display.started(trial)
+        for watcher in self.watchers:
+            watcher.started(trial)
 
     def progress(self, progress: Progress) -> None:
-        self.display.progress(progress)
+        for watcher in self.watchers:
+            watcher.progress(progress)
 
     def finished(self, result: Result) -> None:
         self.results[result.trial.id] = result
         self.write_tables()
-        self.display.finished(result)
+        for watcher in self.watchers:
+            watcher.finished(result)
 
     def write_tables(self) -> None:
         with suppress(OSError):  # the next ones may be written; who asks for the last ones is told
@@ -255,9 +258,11 @@ def run(
     *,
     only: str = "",
     check: Callable[[list[Trial], Store, Places], None] = check,
+    watchers: Sequence[Watcher] = (),
 ) -> dict[str, Result]:
     """Run what is pending until nothing is, and return every result that is known, by trial id.
 
+    `watchers` are told what the screen is.
     The executor is entered, and stdout written to, only where there is something to run and `check` finds nothing
     against it. Raises its UserError otherwise.
     """
@@ -273,7 +278,7 @@ def run(
                 # As Ctrl-C. Not earlier: ray.init installs a handler that ends the process without a word.
                 before = signal.signal(signal.SIGTERM, signal.default_int_handler)
                 stack.callback(signal.signal, signal.SIGTERM, before)
-                keeper = _Keeper(experiment, job.store, results, stack.enter_context(display))
+                keeper = _Keeper(experiment, job.store, results, (stack.enter_context(display), *watchers))
             display.expect(trials, retried=sum(job.store.read(trial) is not None for trial in trials))
             try:
                 execute(trials, job, keeper)

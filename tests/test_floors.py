@@ -17,7 +17,7 @@ FLOORS = [
     ("model", "plugins"),
     ("checkpoints", "training", "evaluation", "features", "pretrain", "official"),
     ("trial", "layout", "plan", "experiment", "export", "rescored"),
-    ("report", "progress", "status", "sweep", "params", "predict"),
+    ("report", "progress", "trackers", "status", "sweep", "params", "predict"),
     ("cli",),
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,13 @@ def add(verbs: Any) -> None:
         "(default: %(default)s)",
     )
     run.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        choices=("wandb", "mlflow"),
+        help="tell a tracker of every trial, where its own environment variables say; may be repeated",
+    )
+    run.add_argument(
         "--executor",
         choices=("ray", "local"),
         default="ray",
@@ -120,7 +128,7 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("--json goes with --dry-run")
 
     # Only now: these import torch.
-    from ris_bench import sweep
+    from ris_bench import sweep, trackers
     from ris_bench.experiment import load
     from ris_bench.report import folder, tables
     from ris_bench.trial import Places, run_trial
@@ -146,7 +154,9 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     executor = sweep.in_process() if args.executor == "local" else sweep.through_ray(**ray_options)
     job = sweep.Job(run_trial, store, places, experiment.plugins)
     check = partial(sweep.check, elsewhere=args.address is not None)
-    results = sweep.run(experiment, job, executor, only=args.only, check=check)
+    with ExitStack() as stack:
+        told = [stack.enter_context(trackers.named(name, experiment.name)) for name in dict.fromkeys(args.track)]
+        results = sweep.run(experiment, job, executor, only=args.only, check=check, watchers=told)
 
     print(tables.render(experiment, results).markdown, end="", flush=True)
     failed = [result for key, result in results.items() if result.status == "failed" and args.only in key]
