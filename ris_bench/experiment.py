@@ -1,4 +1,5 @@
-"""An experiment file: one complete trial, the axes along which it varies, and the table that shows what came out."""
+"""An experiment file: one complete trial, the axes along which it varies, and the table that shows what came out; or
+one complete trial, and what of it is searched."""
 
 from __future__ import annotations
 
@@ -14,12 +15,13 @@ from ris_bench.backbones.base import BACKBONES
 from ris_bench.data.dataset import DATASETS, Dataset
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
-from ris_bench.layout import read_layout, standing
+from ris_bench.layout import read_layout, searched_layout, standing
 from ris_bench.located import Located, read
 from ris_bench.methods.base import METHODS
 from ris_bench.plan import NAME, Experiment, Run, read_text
 from ris_bench.plugins import Plugin
 from ris_bench.records import Choice, Evaluation, Training, Trial
+from ris_bench.search import read_search
 
 Grid = dict[str, dict[str, Located]]
 """Values by label, by axis."""
@@ -32,20 +34,35 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
 
     `grid` is one product of axes, or a list of products of the same axes, where not every pair is possible or wanted.
     Of several, an assignment to an axis keeps those that have its value; where none has, it replaces the values of all.
+    Instead of `grid` and `table` there may be a `search`.
 
     Raises UserError, which begins with FILE:LINE or with the assignment, for all that cannot be run or tabulated as it
     is written. The file is checked as it stands first, so that its table is known to fit its own grid.
     """
     text = read_text(path)
-    top = read(text, lambda line: f"{path}:{line}").keys(
+    written = read(text, lambda line: f"{path}:{line}")
+    searches = isinstance(written.value, dict) and "search" in written.value
+    top = written.keys(
         "the experiment",
-        allowed=("name", "title", "notes", "plugins", "defaults", "grid", "choose", "table"),
-        required=("name", "title", "defaults", "grid", "table"),
+        allowed=("name", "title", "notes", "plugins", "defaults", "grid", "choose", "table", "search"),
+        required=("name", "title", "defaults", *(() if searches else ("grid", "table"))),
     )
     plugged = _plugins(top["plugins"], path.parent) if "plugins" in top else ()
-    defaults = top["defaults"]
-    _trial(defaults)
-    grids = _grids(top["grid"])
+    _trial(top["defaults"])
+    return Experiment(
+        name=_name(top["name"]),
+        title=top["title"].typed(str, "title"),
+        notes=top["notes"].typed(tuple[str, ...], "notes") if "notes" in top else (),
+        path=path,
+        source=text,
+        assignments=tuple(assignments),
+        plugins=plugged,
+        **(_searched if searches else _gridded)(top, assignments),
+    ).after(lambda trial: None)
+
+
+def _gridded(top: Mapping[str, Located], assignments: Sequence[str]) -> dict[str, Any]:
+    defaults, grids = top["defaults"], _grids(top["grid"])
     choose = _chosen(top["choose"], grids[0]) if "choose" in top else ()
     runs = _runs(defaults, grids, choose)
     axes = _union(grids)
@@ -58,19 +75,28 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
         kept = (c for c in table.columns if all(label in axes[axis] for axis, label in c.where.items()))
         stands_for = standing(table.published, table.rows, runs, _resolve)
         table = replace(table, columns=tuple(kept), stands_for=stands_for)
-    return Experiment(
-        name=_name(top["name"]),
-        title=top["title"].typed(str, "title"),
-        notes=top["notes"].typed(tuple[str, ...], "notes") if "notes" in top else (),
-        path=path,
-        source=text,
-        axes=axes,
-        choose=tuple(key for key in choose if len(axes[key]) > 1),
-        runs=tuple(runs),
-        table=table,
-        assignments=tuple(assignments),
-        plugins=plugged,
-    )
+    return {
+        "axes": axes,
+        "choose": tuple(key for key in choose if len(axes[key]) > 1),
+        "runs": tuple(runs),
+        "table": table,
+    }
+
+
+def _searched(top: Mapping[str, Located], assignments: Sequence[str]) -> dict[str, Any]:
+    for key in ("grid", "choose", "table"):
+        if key in top and top[key].value:
+            raise top[key].error(f"an experiment with a search has no {key}, as that makes its own; keep one of them")
+    defaults = top["defaults"]
+    search = read_search(top["search"], defaults, _splits(_trial(defaults)), _trial, _labelled)
+    for assignment in assignments:
+        key, value = _assigned(assignment)
+        if hides := [axis.key for axis in search.space if f"{key}.".startswith(f"{axis.key}.")]:
+            raise value.error(f"{key} would not act, because {hides[0]} is searched; change search.space instead")
+        defaults = defaults.put(key.split("."), value, "defaults")
+    if assignments:
+        search = read_search(top["search"], defaults, _splits(_trial(defaults)), _trial, _labelled)
+    return {"axes": {}, "choose": (), "runs": (), "table": searched_layout(search), "search": search}
 
 
 def _plugins(item: Located, folder: Path) -> tuple[Plugin, ...]:
@@ -231,7 +257,7 @@ def _runs(defaults: Located, grids: Sequence[Grid], choose: Collection[str]) -> 
         for (key, values), label in zip(keyed.items(), labels, strict=True):
             document = document.put(key.split("."), values[label], "defaults")
         trial = _trial(document)
-        splits = trial.eval.splits or DATASETS.build(trial.dataset).eval_splits
+        splits = _splits(trial)
         if choose and trial.eval.select_on not in splits:
             item = document.value["eval"].value["splits"]
             raise item.error(f"{', '.join(choose)} is chosen on {trial.eval.select_on}, not among eval.splits; add it")
@@ -240,12 +266,21 @@ def _runs(defaults: Located, grids: Sequence[Grid], choose: Collection[str]) -> 
     return list(runs.values())
 
 
-def _assign(assignment: str, defaults: Located, grids: list[Grid]) -> tuple[Located, list[Grid]]:
+def _splits(trial: Trial) -> tuple[str, ...]:
+    return trial.eval.splits or DATASETS.build(trial.dataset).eval_splits
+
+
+def _assigned(assignment: str) -> tuple[str, Located]:
     key, equals, text = assignment.partition("=")
     place = f"--set {assignment}"
     value = read(text, lambda line: place)
     if not (key and equals):
         raise value.error("this sets nothing; write --set key=value with a key of defaults, such as train.epochs=2")
+    return key, value
+
+
+def _assign(assignment: str, defaults: Located, grids: list[Grid]) -> tuple[Located, list[Grid]]:
+    key, value = _assigned(assignment)
     if key in grids[0]:
         wanted = _resolved(key, value)
         same = [{label: value for label, item in grid[key].items() if _resolved(key, item) == wanted} for grid in grids]

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from ris_bench import published
 from ris_bench.located import Located
 from ris_bench.records import Choice, Cost, Params
+from ris_bench.search import NUMBER
 
 if TYPE_CHECKING:
     from ris_bench.experiment import Run
+    from ris_bench.search import Search
 
 METRICS = {"miou": "mIoU", "oiou": "oIoU", **{f"pr@0.{k}": f"Pr@0.{k}" for k in range(5, 10)}}
 """Scores that a column can show, and the name that its header carries."""
 
 COUNTS = (*(f"params.{f.name}" for f in fields(Params)), "params.tunable")
-COSTS = tuple(f"cost.{f.name}" for f in fields(Cost) if f.name not in ("device", "micro_batches"))
+COSTS = (*(f"cost.{f.name}" for f in fields(Cost) if f.name not in ("device", "micro_batches")), "cost.epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,27 @@ def read_layout(
         columns=tuple(_column(column, rows, grid, choose, runs) for column in items["columns"].items("table.columns")),
         published=names,
         stands_for=standing(names, rows, runs, resolve),
+    )
+
+
+def searched_layout(search: Search) -> Layout:
+    """A row for every trial of a search: what was suggested, what it came to, and after how many epochs."""
+    base = search.base
+    score = Column(
+        header=TITLES.get(base.dataset.name, base.dataset.name.capitalize()),
+        value=base.eval.metric,
+        splits=(base.eval.select_on,),
+        best="max",
+    )
+    return Layout(
+        rows=(NUMBER,),
+        labels={},
+        columns=(
+            *(Column(header=axis.key, value=axis.key) for axis in search.space),
+            score,
+            Column(header="Params (K)", value="params.tunable_backbone", scale=1e-3),
+            Column(header="Epochs", value="cost.epochs"),
+        ),
     )
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any
 
-from ris_bench import located, published
+from ris_bench import located, published, search
 from ris_bench.errors import UserError
 from ris_bench.files import write_whole
 from ris_bench.layout import COSTS, COUNTS, METRICS, Column, Layout
 from ris_bench.records import Result, Trial, plain
-from ris_bench.registry import checked
+from ris_bench.registry import checked, record
+from ris_bench.results import Store
+from ris_bench.search import Find, Search
 
 if TYPE_CHECKING:  # it imports torch
     from ris_bench.plugins import Plugin
@@ -28,8 +30,6 @@ FILE = "plan.jsonl"
 """In the folder of an experiment: a line for what all runs share, then a line for each of them."""
 NAME = re.compile(r"(?!trials$)[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 """Of an experiment, and so of its folder; what experiments share lies in `trials`."""
-
-Record = TypeVar("Record")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +59,30 @@ class Experiment:
     choose: tuple[str, ...]
     """Axes of which each cell uses one value: the one that scores best on the validation split with the first seed."""
     runs: tuple[Run, ...]
-    """The whole product of the axes, grid by grid."""
+    """The whole product of the axes, grid by grid; of a search those that are known to be wanted."""
     table: Layout
     assignments: tuple[str, ...]
     """What was set on the command line."""
     plugins: tuple[Plugin, ...]
     """To be loaded by every process that runs one of its trials; this one has them."""
+    search: Search | None = None
+
+    @property
+    def selected(self) -> tuple[str, ...]:
+        """The keys whose values follow from scores."""
+        return (*self.choose, *(axis.key for axis in self.search.space)) if self.search else self.choose
+
+    def after(self, find: Find) -> Experiment:
+        """With all runs that a search asks for once these results are known; a grid has its own."""
+        if self.search is None:
+            return self
+        made = [one for one in self.search.replay(find) if one.first]
+        labels = [{search.NUMBER: str(one.number), **one.labels} for one in made]
+        axes = {axis: tuple(dict.fromkeys(each[axis] for each in labels)) for axis in labels[0]}
+        runs = [
+            Run(trial=one.trial, axes=own, splits=one.trial.eval.splits) for one, own in zip(made, labels, strict=True)
+        ]
+        return replace(self, axes=axes, runs=tuple(runs))
 
     def trials(self, results: Mapping[str, Result] = MappingProxyType({})) -> list[Trial]:
         """Every trial that has to be run as far as `results`, by trial id, can tell; those with a result included.
@@ -134,7 +152,7 @@ def find(named: Path, root: Path | None = None) -> tuple[Experiment, Path, Path]
             f"{named} has not been run as it stands, and to read it takes {error.name}, which is not installed; name a "
             f"folder that holds a {FILE}"
         ) from None
-    experiment = load(named)
+    experiment = load(named).after(Store(root.absolute()).read)
     return experiment, root / experiment.name, root
 
 
@@ -153,6 +171,7 @@ def write(experiment: Experiment, folder: Path) -> None:
     """Keep an experiment, without the code of its plug-ins; the file appears whole or not at all."""
     shared = {key: getattr(experiment, key) for key in _SHARED}
     shared |= {"file": experiment.path.name, "table": asdict(experiment.table), "runs": len(experiment.runs)}
+    shared |= {"search": plain(experiment.search)} if experiment.search else {}
     runs = ({"axes": dict(run.axes), "splits": run.splits, "trial": plain(run.trial)} for run in experiment.runs)
     write_whole(folder / FILE, "".join(f"{json.dumps(line)}\n" for line in (shared, *runs)))
 
@@ -185,7 +204,7 @@ def read(folder: Path) -> Experiment:
 def _parse(shared: Mapping[str, Any], lines: list[Mapping[str, Any]]) -> Experiment:
     values = {key: checked(shared[key], hint, key) for key, hint in _SHARED.items()}
     axes, table = values["axes"], shared["table"]
-    columns = tuple(_record(Column, column) for column in table["columns"])
+    columns = tuple(record(Column, column) for column in table["columns"])
     layout = Layout(
         rows=checked(table["rows"], tuple[str, ...], "rows"),
         labels=checked(table["labels"], dict[str, str], "labels"),
@@ -212,9 +231,11 @@ def _parse(shared: Mapping[str, Any], lines: list[Mapping[str, Any]]) -> Experim
         raise ValueError("a run off the axes")
     if strange := {column.value for column in columns} - {*METRICS, *COUNTS, *COSTS, *axes}:
         raise ValueError(f"a column of {strange.pop()}")
-    return Experiment(**values, path=Path(checked(shared["file"], str, "file")), table=layout, runs=runs, plugins=())
-
-
-def _record(kind: type[Record], values: Mapping[str, Any]) -> Record:
-    hints = get_type_hints(kind)
-    return kind(**{key: checked(value, hints[key], key) for key, value in values.items()})
+    return Experiment(
+        **values,
+        path=Path(checked(shared["file"], str, "file")),
+        table=layout,
+        runs=runs,
+        plugins=(),
+        search=search.from_record(shared["search"]) if "search" in shared else None,
+    )

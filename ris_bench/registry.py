@@ -19,6 +19,7 @@ from ris_bench.errors import UserError
 from ris_bench.records import Choice, tuples
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
+Record = TypeVar("Record")
 
 
 class Registry:
@@ -151,6 +152,13 @@ def checked(value: Any, hint: Any, what: str) -> Any:
         return value
     advice = " (YAML 1.1 reads 1e-4 as a string: write 1.0e-4)" if hint is float and isinstance(value, str) else ""
     raise UserError(f"{what} is {value!r}, which is not {describe(hint)}{advice}")
+
+
+def record(kind: type[Record], values: Mapping[str, Any]) -> Record:
+    """A dataclass of which every value has the annotated type; UserError where one has not, TypeError for a field that
+    there is not."""
+    hints = typing.get_type_hints(kind)
+    return kind(**{key: checked(value, hints.get(key, Any), key) for key, value in values.items()})
 
 
 def describe(hint: Any) -> str:

@@ -19,6 +19,7 @@ from ris_bench.plan import Experiment
 from ris_bench.progress import describe, duration
 from ris_bench.records import Result
 from ris_bench.results import Store
+from ris_bench.search import NUMBER
 
 SILENT_SECONDS = 120
 """After which a trial that says nothing is pointed at."""
@@ -177,6 +178,8 @@ def _sweep(experiment: Experiment, results: Mapping[str, Result], running: tuple
     done = [result for result in known if result.status == "done"]
     at_work = [one for one in running if one.trial_id in wanted and one.trial_id not in results and not one.gone]
     waiting = len(wanted) - len(known) - len(at_work)
+    if experiment.search and experiment.search.trials:  # of which those to come are not known yet
+        waiting += experiment.search.trials - max(int(number) for number in experiment.axes[NUMBER])
     eta = None
     spent = [result.cost.train_seconds + result.cost.eval_seconds for result in done if result.cost]
     if at_work and (spent or not waiting):

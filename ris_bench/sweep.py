@@ -187,13 +187,20 @@ def pending(experiment: Experiment, store: Store, results: dict[str, Result], on
 
     `results` takes up what the store has; but for failures that are to be tried again: these are pending.
     """
+
+    def find(trial: Trial) -> Result | None:
+        if trial.id not in results:
+            result = store.read(trial)
+            if result and (result.status == "done" or only not in trial.id):
+                results[trial.id] = result
+        return results.get(trial.id)
+
+    experiment = experiment.after(find)
     while True:
         missing = [trial for trial in experiment.trials(results) if trial.id not in results]
-        known = {trial.id: result for trial in missing if (result := store.read(trial))}
-        known = {key: result for key, result in known.items() if result.status == "done" or only not in key}
-        if not known:
+        if not [trial for trial in missing if find(trial)]:
             return [trial for trial in missing if only in trial.id]
-        results |= known  # more may be asked for now: an experiment chooses by what is known
+        # More may be asked for now: an experiment chooses by what is known.
 
 
 def check(trials: list[Trial], store: Store, places: Places, *, elsewhere: bool = False) -> None:
@@ -269,16 +276,21 @@ def run(
     results: dict[str, Result] = {}
     display = Display()
     with ExitStack() as stack:
-        keeper = execute = None
+        execute = None
         while trials := pending(experiment, job.store, results, only):
-            check(trials, job.store, job.places)
-            if not (keeper and execute):
+            experiment = experiment.after(lambda trial: results.get(trial.id))
+            if execute is None:
+                # A search that asks for something impossible later on learns that it fails.
+                check(experiment.search.corners() if experiment.search else trials, job.store, job.places)
                 stack.enter_context(job.store.held(experiment.name))
                 execute = stack.enter_context(executor)
                 # As Ctrl-C. Not earlier: ray.init installs a handler that ends the process without a word.
                 before = signal.signal(signal.SIGTERM, signal.default_int_handler)
                 stack.callback(signal.signal, signal.SIGTERM, before)
-                keeper = _Keeper(experiment, job.store, results, (stack.enter_context(display), *watchers))
+                stack.enter_context(display)
+            keeper = _Keeper(experiment, job.store, results, (display, *watchers))
+            if results:
+                keeper.write_tables()  # with the plan, by which others know what is to be run
             display.expect(trials, retried=sum(job.store.read(trial) is not None for trial in trials))
             try:
                 execute(trials, job, keeper)

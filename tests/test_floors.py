@@ -16,7 +16,7 @@ FLOORS = [
     ("head",),
     ("model", "plugins"),
     ("checkpoints", "training", "evaluation", "features", "pretrain", "official"),
-    ("trial", "layout", "plan", "experiment", "export", "rescored"),
+    ("trial", "search", "layout", "plan", "experiment", "export", "rescored"),
     ("report", "progress", "trackers", "status", "sweep", "params", "predict"),
     ("cli",),
 ]

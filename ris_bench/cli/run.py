@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
@@ -18,6 +17,9 @@ from ris_bench.cli.arguments import add_data_folder, add_results, count
 from ris_bench.errors import UserError
 from ris_bench.records import Result, Trial
 from ris_bench.results import Store
+
+if TYPE_CHECKING:
+    from ris_bench.plan import Experiment
 
 RUN = """\
 Runs every trial of an experiment that has no result yet and prints the table. Results are kept by trial and shared by
@@ -137,11 +139,12 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     store = Store(args.results.absolute())  # the processes of Ray work in other folders
     known: dict[str, Result] = {}
     waiting = sweep.pending(experiment, store, known, args.only)
+    experiment = experiment.after(lambda trial: known.get(trial.id))
     trials = [trial for trial in experiment.trials(known) if args.only in trial.id]
     if not trials:
         raise UserError(f"no trial of {args.experiment} has {args.only!r} in its id: --dry-run lists the ids")
     if args.dry_run:
-        _print_trials(trials, len(waiting), experiment.choose, as_json=args.json)
+        _print_trials(trials, len(waiting), experiment, as_json=args.json)
         return 0
 
     places = Places(
@@ -158,6 +161,7 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         told = [stack.enter_context(trackers.named(name, experiment.name)) for name in dict.fromkeys(args.track)]
         results = sweep.run(experiment, job, executor, only=args.only, check=check, watchers=told)
 
+    experiment = experiment.after(lambda trial: results.get(trial.id))
     print(tables.render(experiment, results).markdown, end="", flush=True)
     failed = [result for key, result in results.items() if result.status == "failed" and args.only in key]
     for result in failed:
@@ -172,7 +176,7 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 1 if failed else 0
 
 
-def _print_trials(trials: list[Trial], waiting: int, chosen: Sequence[str], *, as_json: bool) -> None:
+def _print_trials(trials: list[Trial], waiting: int, experiment: Experiment, *, as_json: bool) -> None:
     from ris_bench.sweep import count_parameters
 
     counts = count_parameters(trials)
@@ -187,13 +191,21 @@ def _print_trials(trials: list[Trial], waiting: int, chosen: Sequence[str], *, a
         }
         for trial in trials
     ]
+    if experiment.search:
+        suggested = {run.trial.id: dict(run.axes) for run in experiment.runs}
+        rows = [{**row, "suggested": suggested[row["id"]]} for row in rows]
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    for row in rows:
-        row |= {name.replace("_", " "): number for name, number in row.pop("params").items()}
-    print(tabulate(rows, headers="keys", intfmt=("", "", "", "", "", *[","] * 5)))
-    later = f"; more once the best {' and '.join(chosen)} is known" if chosen else ""
+    for place, row in enumerate(rows):
+        params = {name.replace("_", " "): number for name, number in row.pop("params").items()}
+        rows[place] = {"id": row["id"], **row.pop("suggested")} | params if experiment.search else row | params
+    numbers = len(asdict(counts[trials[0].id]))
+    print(tabulate(rows, headers="keys", intfmt=(*[""] * (len(rows[0]) - numbers), *[","] * numbers)))
+    later = f"; more once the best {' and '.join(experiment.choose)} is known" if experiment.choose else ""
+    if experiment.search:
+        print("", *experiment.search.notes(), sep="\n")
+        later = "; more as their results tell"
     print(f"\n{len(trials)} trials, {waiting} to run{later}")
 
 

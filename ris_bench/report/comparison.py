@@ -150,7 +150,7 @@ class Comparisons:
             )
         selected = {run.trial.eval.select_on for run in self.experiment.runs}
         if on := dict.fromkeys(row.split for row in self.rows if row.split in selected):
-            what = " and ".join(["the checkpoints", *self.experiment.choose])
+            what = " and ".join(["the checkpoints", *self.experiment.selected])
             yield f"Scores on {' and '.join(on)}, where {what} were selected, are optimistic."
         if self.absent:
             yield f"Not compared, for want of results of the row or of {self.against}: {', '.join(self.absent)}."

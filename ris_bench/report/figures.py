@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, MaxNLocator
 
-from ris_bench import published
+from ris_bench import published, search
 from ris_bench.errors import UserError
 from ris_bench.layout import METRICS
 from ris_bench.plan import Experiment, Run
@@ -47,6 +47,8 @@ from ris_bench.report.tables import MARKS, caveats
 from ris_bench.results import Store
 
 NO_RESULT = "no trial of it has a result"
+FEWEST_TRIALS = 10
+"""Of which an importance is computed: of fewer a tenth is none."""
 MOST_CATEGORIES = 12
 """That bars are drawn for: the most frequent."""
 
@@ -205,6 +207,11 @@ def draw(
         except UserError as error:
             absent.append(f"no figure {name}: {error}")
 
+    if experiment.search:
+        # Rows are trials, too many to be told apart.
+        add("history", partial(history, experiment, results))
+        add("importances", partial(importances, experiment, results))
+        return drawn, absent
     for subject in subjects(experiment, results):
         for metric in subject.metrics:
             tail = f"{subject.slug}-{metric}"
@@ -454,6 +461,69 @@ def breakdown(subject: Subject, by: str, frames: Callable[[Result], pd.DataFrame
     caption = f"{METRICS[metric]} on {split} by group of expressions: {breakdowns.TITLES[by].lower()}; n: expressions."
     caption += "".join(f" Left out: {clean(line, 400)}." for line in unread)
     return Drawing(name=name, figure=figure, caption=_caption(caption, subject, shown, spread="Lines"))
+
+
+@styled()
+def history(experiment: Experiment, results: Mapping[str, Result], name: str = "") -> Drawing:
+    """The score of every trial of a search in the order in which they were suggested, and the best so far."""
+    evaluation = experiment.search.base.eval
+    known = {int(run.axes[search.NUMBER]): results[run.trial.id] for run in experiment.runs if run.trial.id in results}
+    scores = {number: 100 * value for number, result in known.items() if (value := search.score(result)) is not None}
+    if not scores:
+        raise UserError(NO_RESULT)
+    figure, [[axes]] = make_panels(1, 1, width=4.5)
+    best = [max(value for other, value in scores.items() if other <= number) for number in scores]
+    axes.step([*scores], best, where="post", color="0.55", lw=1, zorder=1.5)
+    kinds = {
+        "trained to its end": (appearance(0), lambda result: not result.stopped, True),
+        "stopped early": (appearance(1), lambda result: result.stopped, False),
+    }
+    pairs = []
+    for label, (look, holds, filled) in kinds.items():
+        if numbers := [number for number in scores if holds(known[number])]:
+            style = {"linestyle": "", "marker": look.marker, "color": look.colour, "ms": look.size}
+            style["mfc"] = look.colour if filled else "white"
+            axes.plot(numbers, [scores[number] for number in numbers], zorder=4, **style)
+            pairs.append((Line2D([], [], **style), label))
+    pairs.append((Line2D([], [], color="0.55", linewidth=1, drawstyle="steps-post"), "best so far"))
+    failed = [number for number, result in known.items() if result.status == "failed"]
+    if failed:
+        style = {"linestyle": "", "marker": "x", "color": "0.3", "ms": 5, "clip_on": False}
+        axes.plot(failed, [0] * len(failed), transform=axes.get_xaxis_transform(), zorder=4, **style)
+        pairs.append((Line2D([], [], **style), "failed"))
+    axes.set_xlabel("Suggestion")
+    axes.set_ylabel(named(evaluation.metric, evaluation.select_on))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(round_ticks())
+    legend_below(figure, pairs)
+    caption = (
+        f"{METRICS[evaluation.metric]} on {clean(evaluation.select_on)} of the trials of the search, in the order "
+        "in which they were suggested. What was suggested twice was run once, and is shown once."
+    )
+    return Drawing(name=name, figure=figure, caption=caption)
+
+
+@styled()
+def importances(experiment: Experiment, results: Mapping[str, Result], name: str = "") -> Drawing:
+    """How much of a good score goes back to each value that was searched."""
+    values = ((run.axes, search.score(results.get(run.trial.id))) for run in experiment.runs)
+    scored = [(labels, value) for labels, value in values if value is not None]
+    if len(scored) < FEWEST_TRIALS:
+        raise UserError(f"fewer than {FEWEST_TRIALS} trials have a score")
+    shares = sorted(experiment.search.importances(scored).items(), key=lambda pair: pair[1])
+    figure, [[axes]] = make_panels(1, 1, width=4.5, height=0.25 * len(shares) + 0.7)
+    axes.barh([clean(key) for key, _ in shares], [share for _, share in shares], 0.7, color=appearance(0).colour)
+    for place, (_, share) in enumerate(shares):
+        axes.annotate(f"{share:.2f}", (share, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set_xlabel("Importance (PED-ANOVA)")
+    axes.set_xlim(0, max(0.1, 1.15 * shares[-1][1]))
+    axes.grid(visible=False, axis="y")
+    caption = (
+        "How much of whether a trial is among the best tenth goes back to each value that was searched, 1 in all "
+        f"(PED-ANOVA, Watanabe et al., IJCAI 2023), out of {len(scored)} trials; those stopped early count with what "
+        "they had reached. Of few trials it is no more than a hint."
+    )
+    return Drawing(name=name, figure=figure, caption=caption)
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

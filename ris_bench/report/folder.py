@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ris_bench import plan
 from ris_bench.files import write_whole
 from ris_bench.records import Result
-from ris_bench.report import tables
+from ris_bench.report import best, tables
 from ris_bench.results import Store
 
 if TYPE_CHECKING:
@@ -32,10 +32,15 @@ TABLES = ("md", "tex", "csv")
 
 
 def keep(experiment: Experiment, results: Mapping[str, Result], folder: Path) -> tables.Table:
-    """Write the table, and the plan from which `write` can make everything else; returns the table."""
+    """Write the table, and the plan from which `write` can make everything else; returns the table.
+
+    Of a search the best trial so far is written too, as an experiment.
+    """
     table = tables.render(experiment, results)
     tables.write(table, folder)
     plan.write(experiment, folder)
+    if text := best.text(experiment, results):
+        write_whole(folder / best.FILE, text)
     return table
 
 

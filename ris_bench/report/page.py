@@ -236,7 +236,7 @@ def _audit(experiment: Experiment, results: Mapping[str, Result], known: Sequenc
     """What can make a number mean less than it seems to."""
     trials = [run.trial for run in experiment.runs]
     for select_on, metric in dict.fromkeys((trial.eval.select_on, METRICS[trial.eval.metric]) for trial in trials):
-        chosen = " and ".join(["checkpoints", *experiment.choose])
+        chosen = " and ".join(["checkpoints", *experiment.selected])
         if select_on.startswith("test"):
             yield _Note(
                 f"Selected on {select_on}, a test split, by {metric}: {chosen}. Its scores are optimistic.", True

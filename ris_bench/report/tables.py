@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from ris_bench import published
+from ris_bench import published, search
 from ris_bench.files import write_whole
 from ris_bench.layout import COSTS, COUNTS, METRICS, PUBLISHED_COUNTS, Column
 from ris_bench.protocols import MARKS as MANNERS
@@ -40,6 +40,7 @@ DEFINITIONS = {
 MARKS = {
     "∗": "Some of the seeds have no result.",
     "‡": "The checkpoint was selected on a test split.",
+    "◦": "The training was stopped early.",
     "§": "Images of evaluated splits were left in the training split.",
     "†": "Published, but not confirmed in its source.",
     "¶": "Published as another paper has it: mIoU or oIoU, whatever the column is.",
@@ -81,7 +82,7 @@ class _Leaf:
 
     @property
     def digits(self) -> int:
-        whole = self.column.value in COUNTS or self.column.value.endswith("_bytes")
+        whole = self.column.value in COUNTS or self.column.value.endswith(("_bytes", ".epochs"))
         default = 0 if whole and self.column.scale is None else 2
         return default if self.column.digits is None else self.column.digits
 
@@ -93,6 +94,8 @@ class _Leaf:
         kind, _, name = self.column.value.partition(".")
         if result.status != "done" and kind != "params":
             return None
+        if self.column.value == "cost.epochs":
+            return result.history[-1].epoch * (self.column.scale or 1) if result.history else None
         if kind in ("params", "cost"):
             record = getattr(result, kind)
             return None if record is None else getattr(record, name) * (self.column.scale or 1)
@@ -200,6 +203,9 @@ def lay_out(
     # Of the product of the axes only what the experiment has.
     had = {tuple(run.axes[axis] for axis in layout.rows) for run in experiment.runs}
     keys = [labels for labels in product(*(experiment.axes[axis] for axis in layout.rows)) if labels in had]
+    if experiment.search:  # the best first
+        scores = {run.axes[search.NUMBER]: search.score(shown.get(run.trial.id)) for run in experiment.runs}
+        keys.sort(key=lambda labels: -math.inf if (known := scores[labels[0]]) is None else known, reverse=True)
     by_leaf = []
     for leaf in leaves:
         parts = [other for other in leaves if leaf.column.average and _averaged(other, leaf)]
@@ -298,7 +304,8 @@ def _cell(leaf: _Leaf, runs: Sequence[Run], results: Mapping[str, Result], parts
         text=leaf.format(mean),
         number=mean,
         spread=stdev(numbers) if len(numbers) > 1 else None,
-        marks=caveats(scored, lacking=len(numbers) < expected),
+        marks=caveats(scored, lacking=len(numbers) < expected)
+        + ("◦" if value in METRICS and any(result.stopped for result in known) else ""),
     )
 
 
@@ -389,6 +396,8 @@ def _notes(
         first = " or ".join(_distinct(cell[0].trial.seed for cell in cells))
         where = "per cell" if len(cells) == len(experiment.cells()) else "where there are several"
         yield f"{axis} is chosen {where} out of {values}, on {selected}, with seed {first}."
+    if experiment.search:
+        yield from experiment.search.notes()
     if experiment.assignments:
         yield f"Set on the command line: {', '.join(experiment.assignments)}."
     yield from experiment.notes
@@ -522,6 +531,7 @@ _LATEX = {
     "†": r"$^\dagger$",
     "‡": r"$^\ddagger$",
     "§": r"$^\S$",
+    "◦": r"$^\circ$",
     **{
         letter: rf"$\{name}$"
         for letters, names in (
