@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,15 @@ class Experiment:
         """The runs that the table shows: with the chosen values, or all values of a cell in which every one failed."""
         return [run for cell in self.cells() for run in self._stages(cell, results)[1]]
 
+    @cached_property
+    def text(self) -> str:
+        """What `FILE` holds; a long sweep writes it again with every table."""
+        shared = {key: getattr(self, key) for key in _SHARED}
+        shared |= {"file": self.path.name, "table": asdict(self.table), "runs": len(self.runs)}
+        shared |= {"search": plain(self.search)} if self.search else {}
+        runs = ({"axes": dict(run.axes), "splits": run.splits, "trial": plain(run.trial)} for run in self.runs)
+        return "".join(f"{json.dumps(line)}\n" for line in (shared, *runs))
+
     def cells(self) -> list[list[Run]]:
         """Runs that differ in nothing but the seed and what is chosen."""
         cells: dict[tuple[str, ...], list[Run]] = {}
@@ -169,11 +179,7 @@ def read_text(path: Path) -> str:
 
 def write(experiment: Experiment, folder: Path) -> None:
     """Keep an experiment, without the code of its plug-ins; the file appears whole or not at all."""
-    shared = {key: getattr(experiment, key) for key in _SHARED}
-    shared |= {"file": experiment.path.name, "table": asdict(experiment.table), "runs": len(experiment.runs)}
-    shared |= {"search": plain(experiment.search)} if experiment.search else {}
-    runs = ({"axes": dict(run.axes), "splits": run.splits, "trial": plain(run.trial)} for run in experiment.runs)
-    write_whole(folder / FILE, "".join(f"{json.dumps(line)}\n" for line in (shared, *runs)))
+    write_whole(folder / FILE, experiment.text)
 
 
 _SHARED = {

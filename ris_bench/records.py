@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 
@@ -75,7 +76,7 @@ class Trial:
     eval: Evaluation
     seed: int
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Readable parts and a content hash: `refcoco.clip-r101.lora.s0.4de1a2c6`."""
         content = json.dumps(plain(self), sort_keys=True, separators=(",", ":"))
