@@ -359,7 +359,6 @@ RAY_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_COLOR_PREFIX": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # it would install packages again, from the network
-    "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # it makes fit() return as if all were well
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",

@@ -19,9 +19,6 @@ from ris_bench.records import Result, Trial, plain
 if TYPE_CHECKING:  # it imports torch
     from ris_bench.trial import Progress
 
-QUIET = {"MLFLOW_DISABLE_TELEMETRY": "true", "WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"}
-"""Set unless the user has: none of them reports home or prints by itself."""
-
 
 class Tracker(ABC):
     """A run for each trial, under the trial's id: one that is tried again, or goes on, goes on there too."""
@@ -188,8 +185,7 @@ TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "mlflow": MLflow}
 
 def named(name: str, experiment: str) -> Tracker:
     """Raises UserError where the tracker's package is not installed, or does not take its own settings."""
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
+    os.environ.setdefault("WANDB_SILENT", "true")  # the screen is ours
     try:
         return TRACKERS[name](experiment)
     except ImportError as error:

@@ -1,6 +1,7 @@
 """A module imports only from its own floor and those below; what reads results needs neither torch nor Ray."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,13 @@ def test_the_ground_floor_and_reports_import_no_torch():
     light = [f"ris_bench.{name}" for name in MODULES if name.split(".")[0] in (*FLOORS[0], "report", "progress", "cli")]
     code = f"import sys, {', '.join(light)}; assert not {{'torch', 'ray'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent)
+
+
+def test_nothing_underneath_reports_home():
+    code = """
+import ris_bench, huggingface_hub.constants, ray._common.usage.usage_lib as ray_usage
+assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
+assert not ray_usage.usage_stats_enabled()
+"""
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("HF_HUB_", "RAY_"))}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, env=outside)
