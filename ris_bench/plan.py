@@ -21,13 +21,14 @@ from ris_bench.files import write_whole
 from ris_bench.layout import COSTS, COUNTS, METRICS, Column, Layout
 from ris_bench.records import Result, Trial, plain
 from ris_bench.registry import checked, record
-from ris_bench.results import Store
+from ris_bench.remote import is_url, store_at
+from ris_bench.results import PLAN, Store
 from ris_bench.search import Find, Search
 
 if TYPE_CHECKING:  # it imports torch
     from ris_bench.plugins import Plugin
 
-FILE = "plan.jsonl"
+FILE = PLAN
 """In the folder of an experiment: a line for what all runs share, then a line for each of them."""
 NAME = re.compile(r"(?!trials$)[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 """Of an experiment, and so of its folder; what experiments share lies in `trials`."""
@@ -164,6 +165,22 @@ def find(named: Path, root: Path | None = None) -> tuple[Experiment, Path, Path]
         ) from None
     experiment = load(named).after(Store(root.absolute()).read)
     return experiment, root / experiment.name, root
+
+
+def opened(place: str | Path) -> tuple[Store, Path]:
+    """The results at a URL or in a folder, as they are now, where the folder of an experiment may be named too; and the
+    folder that was named: of a URL, in the mirror."""
+    if not is_url(place):
+        folder = Path(place)
+        return (Store(folder.absolute().parent) if (folder / FILE).is_file() else store_at(folder)), folder
+    store = store_at(place)
+    store.refresh()
+    if (store.root / FILE).is_file():
+        url, name = str(place).rstrip("/").rsplit("/", 1)
+        store = store_at(url)
+        store.refresh()
+        return store, store.root / name
+    return store, store.root
 
 
 def read_text(path: Path) -> str:

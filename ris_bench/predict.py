@@ -31,7 +31,7 @@ from ris_bench.evaluation import forward, log_odds, picture
 from ris_bench.model import RISModel
 from ris_bench.official import DESCRIPTION, describe
 from ris_bench.records import Choice, Evaluation
-from ris_bench.results import Store
+from ris_bench.remote import store_at
 from ris_bench.training import reduced
 from ris_bench.trial import EVAL_BATCH_SIZE, LOADING_PROCESSES
 
@@ -163,7 +163,7 @@ def load(
             f"{folder} holds neither {DESCRIPTION}, as an exported model does, nor result.json, as a trial does"
         )
     else:
-        result, tuned = export.trained(Store(Path(results)).find(os.fspath(checkpoint)))
+        result, tuned = export.trained(store_at(results).find(os.fspath(checkpoint)))
         trial = result.trial
         model, dataset, own = export.rebuild(result, tuned, weights), trial.dataset, trial.eval.threshold
         word_len, autocast = DATASETS.build(dataset).word_len, reduced(trial.train.precision, device)

@@ -10,7 +10,7 @@ import shutil
 import socket
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,6 +26,8 @@ CHECKPOINTS = "checkpoints"
 """In the folder of an attempt: what the next attempt goes on from."""
 PROGRESS = "progress.json"
 """In the folder of an attempt: how far it is, and which process works at it since when."""
+PLAN = "plan.jsonl"
+"""In the folder of an experiment: what it is."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,20 @@ class Store:
     """The results under `root`, an absolute path: worker processes have other working directories."""
 
     root: Path
+
+    @property
+    def place(self) -> str:
+        """Where people find the results."""
+        return str(self.root)
+
+    def refresh(self, trial: Trial | None = None) -> None:
+        """Take note of what other machines have left, of one trial or of all. They write into this folder itself."""
+
+    def fetch(self, trials: Iterable[str]) -> None:
+        """Have here what a report shows of trials that are done, by id."""
+
+    def publish(self, name: str) -> None:
+        """Show others the tables of an experiment, which have been written here."""
 
     def folder(self, trial: Trial) -> Path:
         """Where a finished trial lies, done or failed."""
@@ -114,6 +130,15 @@ class Store:
             shutil.rmtree(attempt, ignore_errors=True)
         return folder
 
+    def shared(self, trial: Trial, folder: Path) -> AbstractContextManager[None]:
+        """While an attempt is made in its folder: what the next one needs is where that finds it."""
+        return nullcontext()
+
+    def note(self, trial: Trial, line: str) -> None:
+        """Add a line to the log of a trial that is worked at."""
+        for folder in self.attempts(trial):
+            add_line(folder, line)
+
     def attempts(self, trial: Trial) -> list[Path]:
         """Folders of attempts that have not been finished."""
         return list((self.root / "trials").glob(f".{glob.escape(trial.id)}.*.partial"))
@@ -186,13 +211,13 @@ class Store:
         except (Timeout, OSError):
             return _mapping(folder / _DRIVER) or {}
 
-    def running(self) -> list[tuple[str, Mapping[str, Any], float]]:
+    def running(self, pattern: str = ".*.partial") -> list[tuple[str, Mapping[str, Any], float]]:
         """Every attempt that is not finished: the id of its trial, the last `PROGRESS`, and when that was, as a time.
 
         Nothing says that its process still lives.
         """
         found = []
-        for folder in (self.root / "trials").glob(".*.partial"):
+        for folder in (self.root / "trials").glob(pattern):
             path = folder / PROGRESS
             with suppress(OSError):  # it may be finished just now
                 last = (path if path.exists() else folder).stat().st_mtime
@@ -228,6 +253,28 @@ def this_process() -> dict[str, Any]:
         "pid": os.getpid(),
         "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def is_gone(told: Mapping[str, Any]) -> bool:
+    """Whether what `this_process` has told of itself was a process of this machine, and is one no more."""
+    pid = told.get("pid")
+    if told.get("host") != socket.gethostname():
+        return False
+    if not isinstance(pid, int) or pid <= 0:
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # somebody else's
+    return False
+
+
+def add_line(folder: Path, *lines: str) -> None:
+    """To the log of an attempt."""
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        print(*lines, sep="\n", file=log)
 
 
 def _mapping(path: Path) -> Mapping[str, Any] | None:

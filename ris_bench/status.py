@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from ris_bench.errors import UserError
 from ris_bench.plan import Experiment
 from ris_bench.progress import describe, duration
 from ris_bench.records import Result
-from ris_bench.results import Store
+from ris_bench.results import is_gone
 from ris_bench.search import NUMBER
 
 SILENT_SECONDS = 120
@@ -52,7 +50,8 @@ class Sweep:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    root: Path
+    root: str
+    """Where the results are."""
     driver: Mapping[str, Any] | None
     """Who starts trials there."""
     sweeps: tuple[Sweep, ...]
@@ -63,7 +62,7 @@ class Status:
     def record(self) -> dict[str, Any]:
         """As JSON takes it."""
         return {
-            "results": str(self.root),
+            "results": self.root,
             "driver": self.driver,
             "experiments": [
                 {**vars(one), "failed": [{"id": r.trial.id, "error": r.error} for r in one.failed]}
@@ -104,8 +103,8 @@ class Status:
                 yield f"failed: {result.trial.id}: {result.error}; see {self._log(result)}"
         yield from (f"warning: {line}" for line in self.skipped)
 
-    def _log(self, result: Result) -> Path:
-        return Store(self.root).folder(result.trial) / "log.txt"
+    def _log(self, result: Result) -> str:
+        return f"{self.root}/trials/{result.trial.id}/log.txt"
 
     def _row(self, one: Running) -> dict[str, str]:
         where = f"{one.told.get('host', '')} {one.told.get('pid', '')}".strip()
@@ -128,15 +127,15 @@ def _progress(told: Mapping[str, Any]) -> SimpleNamespace:
     return SimpleNamespace(**{"phase": "?", "epoch": 0, "epochs": 0, **optional, **told})
 
 
-def of(root: Path) -> Status:
-    """The state of a results folder, or of one experiment where its folder of tables is named.
+def of(place: str | Path) -> Status:
+    """The state of a results folder, or of one experiment where its folder of tables is named; also by URL.
 
     Raises UserError where it is neither.
     """
+    store, root = plan.opened(place)
     folders = [root] if (root / plan.FILE).is_file() else sorted(path.parent for path in root.glob(f"*/{plan.FILE}"))
-    store = Store(root.absolute().parent if folders == [root] else root.absolute())
     if not (folders or (store.root / "trials").is_dir()):
-        raise UserError(f"{root} is no results folder: it has neither trials/ nor the folder of an experiment")
+        raise UserError(f"{place} is no results folder: it has neither trials/ nor the folder of an experiment")
     experiments, skipped = [], []
     for folder in folders:
         try:
@@ -146,7 +145,7 @@ def of(root: Path) -> Status:
     running = tuple(map(_running, store.running()))
     results, left_out = store.collect(run.trial for experiment in experiments for run in experiment.runs)
     return Status(
-        root=store.root,
+        root=store.place,
         driver=store.driver(),
         sweeps=tuple(_sweep(experiment, results, running) for experiment in experiments),
         running=running,
@@ -156,20 +155,8 @@ def of(root: Path) -> Status:
 
 def _running(attempt: tuple[str, Mapping[str, Any], float]) -> Running:
     trial_id, told, last = attempt
-    gone = told.get("host") == socket.gethostname() and not _lives(told.get("pid"))
-    return Running(trial_id=trial_id, told=told, silent_seconds=max(0.0, time.time() - last), gone=gone)
-
-
-def _lives(pid: object) -> bool:
-    if not isinstance(pid, int) or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # somebody else's
-    return True
+    silent = max(0.0, time.time() - last)
+    return Running(trial_id=trial_id, told=told, silent_seconds=silent, gone=is_gone(told))
 
 
 def _sweep(experiment: Experiment, results: Mapping[str, Result], running: tuple[Running, ...]) -> Sweep:

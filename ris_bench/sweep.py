@@ -32,7 +32,7 @@ from ris_bench.files import whole
 from ris_bench.progress import Display
 from ris_bench.records import Params, Result, Trial
 from ris_bench.report import folder
-from ris_bench.results import PROGRESS, Store, this_process
+from ris_bench.results import PROGRESS, Store, add_line, this_process
 
 if TYPE_CHECKING:  # all import torch, and a sweep with nothing to run needs none
     from ris_bench.experiment import Experiment
@@ -106,6 +106,7 @@ class Job:
 
     def __call__(self, trial: Trial, report: Report) -> Result:
         """Run a trial and keep what comes of it. Raises OSError where that cannot be written."""
+        self.store.refresh(trial)
         known = self.store.read(trial)
         if known and known.status == "done":  # the process of an earlier attempt died just after it
             return known
@@ -128,14 +129,15 @@ class Job:
             report(progress)
 
         try:
-            if self.driver:
-                self.driver.check_versions()
-            for plugin in self.plugins:
-                plugin.load()
-            result = self.run_trial(trial, folder, self.places, told)
+            with self.store.shared(trial, folder):
+                if self.driver:
+                    self.driver.check_versions()
+                for plugin in self.plugins:
+                    plugin.load()
+                result = self.run_trial(trial, folder, self.places, told)
         except Exception as error:
-            with suppress(OSError), (folder / "log.txt").open("a", encoding="utf-8") as log:
-                traceback.print_exc(file=log)
+            with suppress(OSError):
+                add_line(folder, traceback.format_exc().rstrip("\n"))
             result = failure(trial, one_line(error))
         if self.driver:
             result = self.driver.sign(result)
@@ -150,8 +152,7 @@ class Job:
             if hung := next((line for line in reversed(_lines(folder / "log.txt")) if HUNG in line), None):
                 error = hung
             (folder / PROGRESS).unlink(missing_ok=True)
-            with (folder / "log.txt").open("a", encoding="utf-8") as log:
-                print(error, details, sep="\n", file=log)
+            add_line(folder, error, details)
             return self.store.finish(folder, failure(trial, error))
         return failure(trial, error)
 
@@ -187,6 +188,7 @@ def pending(experiment: Experiment, store: Store, results: dict[str, Result], on
 
     `results` takes up what the store has; but for failures that are to be tried again: these are pending.
     """
+    store.refresh()
 
     def find(trial: Trial) -> Result | None:
         if trial.id not in results:
@@ -256,6 +258,7 @@ class _Keeper:
     def write_tables(self) -> None:
         with suppress(OSError):  # the next ones may be written; who asks for the last ones is told
             folder.keep(self.experiment, self.results, self.store.root / self.experiment.name)
+            self.store.publish(self.experiment.name)
 
 
 def run(
@@ -468,9 +471,8 @@ def _watched(patience: float, trial: Trial, store: Store) -> Iterator[Callable[[
     def watch() -> None:
         while not over.wait(min(patience / 4, PULSE_SECONDS)):
             if time.monotonic() - last > patience:
-                for attempt in store.attempts(trial):
-                    with (attempt / "log.txt").open("a", encoding="utf-8") as log:
-                        print(f"{HUNG} {patience / 60:g} minutes: its process was ended", file=log)
+                with suppress(Exception):
+                    store.note(trial, f"{HUNG} {patience / 60:g} minutes: its process was ended")
                 os._exit(1)
 
     if patience:
@@ -493,10 +495,11 @@ def _tune(
 ) -> None:
     from ray import tune
     from ray.exceptions import RayActorError
+    from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_exists, _internal_kv_put
 
     trials_by_id = {trial.id: trial for trial in trials}
     unfinished, begun = dict(trials_by_id), set()
-    stop = job.store.root / "trials" / f".stop.{secrets.token_hex(4)}"  # every node sees this folder
+    stop = f"ris-bench.stop.{secrets.token_hex(8)}"  # kept by the head of the cluster: who asks it pays nothing
 
     def trainable(config: dict[str, Any]) -> None:
         if not gpus:  # a process that was given no GPU would see them all
@@ -504,11 +507,11 @@ def _tune(
         trial = trials_by_id[config["trial"]]
 
         def report(progress: Progress) -> None:
-            if stop.exists():
+            if _internal_kv_exists(stop):
                 raise KeyboardInterrupt  # the trial saves where it stands
             tune.report({"progress": progress._asdict()})
 
-        if stop.exists():
+        if _internal_kv_exists(stop):
             return
         with _watched(patience, trial, job.store) as alive, suppress(KeyboardInterrupt):
             tell = throttled(report)
@@ -530,12 +533,14 @@ def _tune(
 
         def on_trial_complete(self, trial: Any, **info: Any) -> None:
             ours = trials_by_id[trial.config["trial"]]
+            with suppress(OSError):
+                job.store.refresh(ours)
             result = job.store.read(ours)
-            if stop.exists() and result is None:  # it was told to
+            if asked() and result is None:  # it was told to
                 return
             del unfinished[ours.id]
             watcher.finished(
-                result or job.lost(ours, f"it left nothing in {job.store.root}: every node must see the same folder")
+                result or job.lost(ours, f"it left nothing in {job.store.place}: every node must see the same folder")
             )
 
         def on_trial_error(self, trial: Any, **info: Any) -> None:
@@ -565,11 +570,15 @@ def _tune(
             failure_config=tune.FailureConfig(max_failures=1),  # a death, or a result that could not be written
         ),
     )
-    with _asked_to_stop(stop.touch) as asked:
+
+    def tell_all() -> None:  # not from here: Ray may be in the middle of something
+        threading.Thread(target=_internal_kv_put, args=(stop, b"")).start()
+
+    with _asked_to_stop(tell_all) as asked:
         try:
             tuner.fit()
         finally:
-            stop.unlink(missing_ok=True)
+            _internal_kv_del(stop)
         if asked():
             raise KeyboardInterrupt
     for trial in unfinished.values():

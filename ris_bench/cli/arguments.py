@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ris_bench.remote import is_url
+
 if TYPE_CHECKING:  # these import torch
     from ris_bench.data.dataset import Dataset
     from ris_bench.predict import Predictor
@@ -20,8 +22,17 @@ CHECKPOINT: dict[str, Any] = {
 
 def add_results(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--results", type=Path, default="results", metavar="DIR", help="where results are kept (default: %(default)s)"
+        "--results",
+        type=place,
+        default="results",
+        metavar="DIR|URL",
+        help="where results are kept: a folder, or a URL such as s3://bucket/path (default: %(default)s)",
     )
+
+
+def place(text: str) -> Path | str:
+    """A folder, or a URL, which is no path: its slashes are two."""
+    return text if is_url(text) else Path(text)
 
 
 def add_data_folder(verb: argparse.ArgumentParser) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 from ris_bench.cli.arguments import add_results
 from ris_bench.errors import UserError
+from ris_bench.remote import store_at
 from ris_bench.report import breakdowns
-from ris_bench.results import Store, read_done
+from ris_bench.results import read_done
 
 
 def add(verbs: Any) -> None:
@@ -32,7 +33,7 @@ def add(verbs: Any) -> None:
 
 
 def _call(args: argparse.Namespace) -> int:
-    store = Store(args.results.absolute())
+    store = store_at(args.results)
     groups = []
     for name in args.trials:
         folder = store.find(name)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ris_bench.cli.arguments import add_results, count
 from ris_bench.layout import METRICS
-from ris_bench.results import Store
+from ris_bench.remote import store_at
 
 
 def add(verbs: Any) -> None:
@@ -39,9 +39,12 @@ def _call(args: argparse.Namespace) -> int:
     from ris_bench.experiment import load  # only now: it imports torch
     from ris_bench.report.comparison import compare
 
+    experiment, store = load(args.experiment), store_at(args.results)
+    store.refresh()
+    store.fetch(run.trial.id for run in experiment.runs)
     compared = compare(
-        load(args.experiment),
-        Store(args.results.absolute()),
+        experiment,
+        store,
         args.against,
         splits=args.split,
         metrics=args.metric,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ris_bench.cli.arguments import add_plugins, add_results, load_plugins
-from ris_bench.results import Store
+from ris_bench.remote import store_at
 
 
 def add(verbs: Any) -> None:
@@ -34,7 +34,7 @@ def _call(args: argparse.Namespace) -> int:
     from ris_bench.export import export  # only now: it imports torch
 
     load_plugins(args)
-    folder = Store(args.results.absolute()).find(args.trial)
+    folder = store_at(args.results).find(args.trial)
     export(folder, args.out, merge=args.merge, weights=args.weights)
     for file in sorted(args.out.iterdir()):
         print(f"{file}  {file.stat().st_size:,} bytes")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from ris_bench import plan
+from ris_bench.cli.arguments import place
 from ris_bench.errors import UserError
 from ris_bench.protocols import PROTOCOLS, RIS_BENCH, find
+from ris_bench.remote import is_url
 from ris_bench.report import folder
 from ris_bench.rescored import rescored
 from ris_bench.results import Store
@@ -17,6 +18,7 @@ from ris_bench.results import Store
 REPORT = f"""\
 Makes the tables, figures and page of an experiment anew, from the files of its results alone: no data is needed, and
 no PyTorch for an experiment that was run as it stands. Files that are no result of its trials are named and left out.
+Of results at a URL the report is made on this machine, where it says; nothing is written there.
 
 {chr(10).join(f"{kind:<5} {what}" for kind, what in folder.FORMATS.items())}
 """
@@ -32,8 +34,8 @@ def add(verbs: Any) -> None:
     parser.set_defaults(call=_call)
     parser.add_argument(
         "experiment",
-        type=Path,
-        metavar="EXPERIMENT.yaml|DIR",
+        type=place,
+        metavar="EXPERIMENT.yaml|DIR|URL",
         help="an experiment, or the folder of one among the results: as it was run last, --set included",
     )
     parser.add_argument(
@@ -54,8 +56,8 @@ def add(verbs: Any) -> None:
     )
     parser.add_argument(
         "--results",
-        type=Path,
-        metavar="DIR",
+        type=place,
+        metavar="DIR|URL",
         help="where results are kept (default: results, or the folder around the one named)",
     )
 
@@ -68,12 +70,19 @@ def _formats(text: str) -> tuple[str, ...]:
 
 
 def _call(args: argparse.Namespace) -> int:
-    experiment, place, root = plan.find(args.experiment, args.results)
-    store = Store(root.absolute())
+    named, root, store = args.experiment, args.results, None
+    if is_url(named):
+        store, named = plan.opened(named)
+    elif root is not None and is_url(root):
+        store, _ = plan.opened(root)
+        root = store.root
+    experiment, into, root = plan.find(named, root)
+    store = store or Store(root.absolute())
+    store.fetch(run.trial.id for run in experiment.runs)
     results, skipped = store.collect(run.trial for run in experiment.runs)
     if not results:
         left_out = f"; {skipped[0]}" if skipped else ""
-        raise UserError(f"{store.root} has no result of {experiment.path}: run it, or give --results DIR{left_out}")
+        raise UserError(f"{store.place} has no result of {experiment.path}: run it, or give --results DIR{left_out}")
     if missing := [trial.id for trial in experiment.trials(results) if trial.id not in results]:
         skipped.append(f"without a result: {', '.join(missing)}")
     by = None
@@ -81,7 +90,7 @@ def _call(args: argparse.Namespace) -> int:
         if args.against is not None:
             raise UserError("--against compares the expressions, which are counted by ris-bench; leave out --protocol")
         args.format = tuple(name for name in args.format if name in folder.TABLES)
-        place /= protocol.name
+        into /= protocol.name
         by = rescored(results, store, protocol)
         shown = {run.trial.id for run in experiment.reported(results)}
         if lacking := [name for name in by.lacking if name in shown]:
@@ -95,7 +104,7 @@ def _call(args: argparse.Namespace) -> int:
 
         compared = compare(experiment, store, args.against)
     table, written, absent = folder.write(
-        experiment, results, store, place, args.format, compared=compared, skipped=skipped, by=by
+        experiment, results, store, into, args.format, compared=compared, skipped=skipped, by=by
     )
     for line in (*skipped, *absent):
         print(f"warning: {line}", file=sys.stderr)

@@ -16,7 +16,7 @@ from tabulate import tabulate
 from ris_bench.cli.arguments import add_data_folder, add_results, count
 from ris_bench.errors import UserError
 from ris_bench.records import Result, Trial
-from ris_bench.results import Store
+from ris_bench.remote import is_url, store_at
 
 if TYPE_CHECKING:
     from ris_bench.plan import Experiment
@@ -28,7 +28,8 @@ again. Ctrl-C lets the steps that are running end and saves where their trials s
 
 exit code:  0 all well   1 a trial failed   2 bad input, nothing was run   130 stopped
 
-On a cluster (--address) every node must see the results, and find data and weights, under the same paths. Nodes are
+On a cluster (--address) every node must find results, data and weights under the same paths; results may be at a URL,
+such as s3://bucket/path, for which each has the credentials in its environment. Nodes are
 sent this package; what it depends on has to be installed there, in the same versions. Driver and nodes need one token:
 RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE.
 """
@@ -136,7 +137,9 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from ris_bench.trial import Places, run_trial
 
     experiment = load(args.experiment, args.set)
-    store = Store(args.results.absolute())  # the processes of Ray work in other folders
+    store = store_at(args.results)
+    if args.executor == "ray" and store.place.startswith("memory:"):
+        raise UserError(f"what is in {store.place} is in this process alone: give --executor local, or another URL")
     known: dict[str, Result] = {}
     waiting = sweep.pending(experiment, store, known, args.only)
     experiment = experiment.after(lambda trial: known.get(trial.id))
@@ -165,13 +168,14 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     print(tables.render(experiment, results).markdown, end="", flush=True)
     failed = [result for key, result in results.items() if result.status == "failed" and args.only in key]
     for result in failed:
-        log = args.results / "trials" / result.trial.id / "log.txt"
-        see = f"; see {log}" if log.exists() else ""
+        log = f"{args.results}/trials/{result.trial.id}/log.txt"
+        see = f"; see {log}" if is_url(log) or Path(log).exists() else ""
         print(f"failed: {result.trial.id}: {result.error}{see}", file=sys.stderr)
     try:
         folder.keep(experiment, results, store.root / experiment.name)
+        store.publish(experiment.name)
     except OSError as error:
-        print(f"error: the tables cannot be written to {args.results / experiment.name} ({error})", file=sys.stderr)
+        print(f"error: the tables cannot be written to {args.results}/{experiment.name} ({error})", file=sys.stderr)
         return 1
     return 1 if failed else 0
 

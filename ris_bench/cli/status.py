@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from ris_bench import status
+from ris_bench.cli.arguments import place
 
 
 def add(verbs: Any) -> None:
@@ -15,16 +15,16 @@ def add(verbs: Any) -> None:
         "status",
         help="say what runs in a results folder, how far it is, and what failed",
         description="Tells what runs in a results folder, since when and for how long, and what failed and why. It "
-        "reads files alone, from any shell that sees the folder.",
+        "reads files alone, from any shell that sees them.",
     )
     parser.set_defaults(call=_call)
     parser.add_argument(
         "results",
-        type=Path,
+        type=place,
         nargs="?",
-        default=Path("results"),
-        metavar="RESULTS|DIR",
-        help="a results folder, or that of one experiment in it (default: %(default)s)",
+        default="results",
+        metavar="RESULTS|DIR|URL",
+        help="where results are kept, or the folder of one experiment there (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
 
