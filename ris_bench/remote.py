@@ -172,7 +172,8 @@ class UrlStore(Store):
 
     def publish(self, name: str) -> None:
         try:
-            for file in (*(self.root / name).glob("table.*"), self.root / name / PLAN):
+            folder = self.root / name
+            for file in (*folder.glob("table.*"), *folder.glob("*.yaml"), folder / PLAN):
                 self.objects.upload(file, f"{name}/{file.name}")
         except Exception as error:  # they can be made again from the results, and are with the next one
             warnings.warn(f"the tables are not at {self.place} ({_brief(error)})", stacklevel=2)
