@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
+import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -500,3 +504,75 @@ def test_the_page_has_it_all(experiment, store, capsys):
     page = (place / "report.html").read_text()
     assert "Selected on val by mIoU: checkpoints and method and train.lr" in page
     assert r"$^\circ$" in (place / "table.tex").read_text()
+
+
+# ---- a real one, which is killed
+
+REAL = """\
+name: short
+title: A short search
+defaults:
+  dataset: {scenes: {num_train: 4, num_eval: 2}}
+  backbone: tiny-clip-vit
+  method: lora
+  head: {etris: {width: 16, layers: 1, heads: 2, ffn: 16}}
+  train: {epochs: 4, batch_size: 4, lr: 1.0e-3, milestones: [3], gamma: 0.3, precision: fp32}
+  eval: {select_on: val, threshold: 0.5, splits: [val, testA]}
+  seed: 0
+search:
+  space:
+    method: [lora, adapter]
+    train.lr: {low: 1.0e-3, high: 3.0e-2, log: true}
+    method.lora.text_rank: [2, 4, 8]
+  trials: 20
+  parallel: 4
+  asha: {eta: 2}
+"""
+DRIVER = """\
+import sys
+from ris_bench import cli, evaluation
+evaluation.overlays = lambda *arguments, **settings: None  # they take most of the time of so short a trial
+sys.exit(cli.main(["run", *sys.argv[1:], "--executor", "local"]))
+"""
+
+
+@pytest.mark.faults
+def test_a_search_that_is_killed_twice_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setenv("RIS_BENCH_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "short.yaml"
+    path.write_text(REAL)
+
+    def start(experiment: Path, results: Path) -> subprocess.Popen:
+        command = [sys.executable, "-c", DRIVER, str(experiment), "--results", str(results)]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    def finished(results: Path) -> set[str]:
+        return {file.parent.name for file in results.glob("trials/*/result.json")}
+
+    disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
+    moments = random.Random(5)
+    for first, last in ((2, 8), (9, 16)):
+        driver, least = start(path, disturbed), moments.randint(first, last)
+        while len(finished(disturbed)) < least and driver.poll() is None:
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 1.5))  # anywhere in a trial
+        driver.kill()
+        assert driver.wait() == -signal.SIGKILL
+        assert first <= len(finished(disturbed)) < 20
+    for results in (disturbed, undisturbed):
+        assert start(path, results).wait() == 0
+
+    assert finished(disturbed) == finished(undisturbed)
+    for name in ("table.md", "table.csv", "table.tex", "best.yaml", plan.FILE):
+        whole, other = (
+            re.sub(rb"20\d\d-\d\d-\d\d", b"", (r / "short" / name).read_bytes()) for r in (disturbed, undisturbed)
+        )
+        assert whole == other, name
+    results = {i: Result.from_json((disturbed / "trials" / i / "result.json").read_text()) for i in finished(disturbed)}
+    assert 0 < sum(result.stopped for result in results.values()) < len(results)
+
+    assert start(disturbed / "short" / "best.yaml", disturbed).wait() == 0
+    [again] = finished(disturbed) - set(results)
+    again = Result.from_json((disturbed / "trials" / again / "result.json").read_text())
+    assert set(again.scores) == {"val", "testA"}
+    assert score(again) == max(map(score, results.values()))
