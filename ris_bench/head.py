@@ -7,6 +7,7 @@ N = H * W cells, L words, E text width.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +16,19 @@ from torch.nn import functional as F
 from ris_bench.backbones.base import Backbone, Features
 from ris_bench.errors import UserError
 from ris_bench.registry import Registry
-from ris_bench.speed import TwoWays, doubled_convolution
+from ris_bench.speed import Layers, TwoWays, doubled_convolution, foldable
 
 HEADS = Registry("head", "ris_bench.head")
 
 
-def conv(in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, padding: int = 0) -> nn.Sequential:
+def conv(in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, padding: int = 0) -> Layers:
     layer = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(out_channels), nn.ReLU())
+    return Layers(layer, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
-def upsampling_conv(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def upsampling_conv(in_channels: int, out_channels: int, stride: int) -> Layers:
     layer = nn.ConvTranspose2d(in_channels, out_channels, stride, stride, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(out_channels), nn.ReLU())
+    return Layers(layer, nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
 
 class HierarchicalAlignment(TwoWays):
@@ -67,7 +68,8 @@ class HierarchicalAlignment(TwoWays):
                     seen_BNC = attention(cells_BNC, key_BC[:, None], key_BC[:, None])[0]
                     grids[i] = (cells_BNC * seen_BNC).mT.unflatten(2, grids[i].shape[-2:])
         x_BCHW = self.aggregate(torch.cat(grids, dim=1))
-        out_BCHW = self.coordinates(torch.cat([x_BCHW, coordinates_like(x_BCHW)], dim=1))
+        places_2HW = coordinates(*x_BCHW.shape[-2:], x_BCHW.dtype, x_BCHW.device)
+        out_BCHW = self.coordinates(torch.cat([x_BCHW, places_2HW.expand(len(x_BCHW), -1, -1, -1)], dim=1))
         return out_BCHW + x_BCHW if self.residual else out_BCHW
 
 
@@ -77,15 +79,16 @@ def attend_to_one(attention: nn.MultiheadAttention, key_BC: Tensor) -> Tensor:
     return attention.out_proj(F.linear(key_BC, weight, bias))
 
 
-def coordinates_like(x_BCHW: Tensor) -> Tensor:
-    """The x and y of every cell, from -1 to 1: (B, 2, H, W)."""
-    height, width = x_BCHW.shape[-2:]
-    x_HW = torch.linspace(-1, 1, width, device=x_BCHW.device).expand(height, width)
-    y_HW = torch.linspace(-1, 1, height, device=x_BCHW.device)[:, None].expand(height, width)
-    return torch.stack([x_HW, y_HW]).to(x_BCHW.dtype).expand(len(x_BCHW), 2, height, width)
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept from an evaluation may serve in training
+def coordinates(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The x and y of every cell, from -1 to 1: (2, H, W)."""
+    x_HW = torch.linspace(-1, 1, width, device=device).expand(height, width)
+    y_HW = torch.linspace(-1, 1, height, device=device)[:, None].expand(height, width)
+    return torch.stack([x_HW, y_HW]).to(dtype)
 
 
-class GlobalAlignmentLayer(nn.Module):
+class GlobalAlignmentLayer(TwoWays):
     """Cells attend to each other, then to the words; pre-norm, with a second norm after each attention."""
 
     def __init__(self, width: int, word_width: int, heads: int, ffn: int, dropout: float) -> None:
@@ -104,11 +107,11 @@ class GlobalAlignmentLayer(nn.Module):
     def forward(self, x_BNC: Tensor, words_BLE: Tensor, cell_NC: Tensor, place_LE: Tensor, pad_BL: Tensor) -> Tensor:
         normed = self.norms[0](x_BNC)
         query = normed + cell_NC
-        seen = self.self_attention(query, query, normed, need_weights=False)[0]
+        seen = self.self_attention(query, query, normed, need_weights=not self.fast)[0]
         x_BNC = x_BNC + self.dropout(self.self_norm(seen))
         query = self.norms[1](x_BNC) + cell_NC
         seen = self.cross_attention(
-            query, words_BLE + place_LE, words_BLE, key_padding_mask=pad_BL, need_weights=False
+            query, words_BLE + place_LE, words_BLE, key_padding_mask=pad_BL, need_weights=not self.fast
         )[0]
         x_BNC = x_BNC + self.dropout(self.cross_norm(seen))
         return x_BNC + self.dropout(self.ffn(self.norms[2](x_BNC)))
@@ -124,8 +127,8 @@ class GlobalAlignment(nn.Module):
 
     def forward(self, x_BCHW: Tensor, words_BLE: Tensor, pad_BL: Tensor) -> Tensor:
         height, width = x_BCHW.shape[-2:]
-        cell_NC = cell_positions(x_BCHW.shape[1], height, width).to(x_BCHW)
-        place_LE = sinusoids(words_BLE.shape[1], words_BLE.shape[2]).to(words_BLE)
+        cell_NC = cell_positions(x_BCHW.shape[1], height, width, x_BCHW.dtype, x_BCHW.device)
+        place_LE = word_positions(*words_BLE.shape[1:], words_BLE.dtype, words_BLE.device)
         x_BNC = x_BCHW.flatten(2).mT
         for layer in self.layers:
             x_BNC = layer(x_BNC, words_BLE, cell_NC, place_LE, pad_BL)
@@ -139,11 +142,19 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.stack([angle.sin(), angle.cos()], dim=2).flatten(1)
 
 
-def cell_positions(channels: int, height: int, width: int) -> Tensor:
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def word_positions(length: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return sinusoids(length, width).to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def cell_positions(channels: int, height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Half of the channels encode the column, half the row: (height * width, channels)."""
     column = sinusoids(width, channels // 2).expand(height, width, -1)
     row = sinusoids(height, channels // 2)[:, None].expand(height, width, -1)
-    return torch.cat([column, row], dim=2).flatten(0, 1)
+    return torch.cat([column, row], dim=2).flatten(0, 1).to(device, dtype)
 
 
 class Projector(TwoWays):
@@ -170,8 +181,13 @@ class Projector(TwoWays):
             weight = weight_BC9.unflatten(2, (3, 3))
             return F.conv2d(groups, weight, bias_B1[:, 0], padding=1, groups=len(x_BCHW))[0][:, None]
         _, first, _, second, mix = self.refine
-        for layer, norm, activation in (first, second):
-            x_BCHW = activation(norm(doubled_convolution(x_BCHW, layer.weight)))
+        for layers in (first, second):
+            layer, norm, activation = layers
+            if foldable(layer, norm):
+                weight, bias_O = layers.folded(0)
+                x_BCHW = activation(doubled_convolution(x_BCHW, weight, bias_O))
+            else:
+                x_BCHW = activation(norm(doubled_convolution(x_BCHW, layer.weight)))
         # The 1x1 convolution goes into the kernels; and a grouped convolution, one group per expression, takes five
         # times as long as a product and a shift-add.
         taps_B9C = weight_BC9.flip(2).mT

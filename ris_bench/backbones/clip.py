@@ -7,6 +7,7 @@ The released RIS code keeps the map of the attention pool and adds a random, fro
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 
 import open_clip
@@ -39,6 +40,7 @@ from ris_bench.backbones.transformer import (
 )
 from ris_bench.backbones.weights import Weights, fit
 from ris_bench.errors import UserError
+from ris_bench.speed import Kept, Layers
 
 
 def blocks(transformer: Transformer) -> list[Block]:
@@ -100,12 +102,18 @@ class MapAttentionPool(nn.Module):
         self.positional_embedding, self.num_heads = pool.positional_embedding, pool.num_heads
         width, out_width = pool.c_proj.in_features, pool.c_proj.out_features
         self.connect = seeded(
-            lambda: nn.Sequential(nn.Conv2d(width, out_width, 1, bias=False), nn.BatchNorm2d(out_width))
+            lambda: Layers(nn.Conv2d(width, out_width, 1, bias=False), nn.BatchNorm2d(out_width))
         )
+        self._positions = Kept()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         height, width = x_BCHW.shape[-2:]
-        x_BNC = x_BCHW.flatten(2).mT + resize_positions(self.positional_embedding[1:], height, width)
+        positions_NC = self._positions(
+            lambda: resize_positions(self.positional_embedding[1:], height, width),
+            self.positional_embedding,
+            given=(height, width),
+        )
+        x_BNC = x_BCHW.flatten(2).mT + positions_NC
         q, k, v = (
             projection(x_BNC).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -119,14 +127,14 @@ class Bottleneck(nn.Module):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self.reduce = nn.Sequential(block.conv1, block.bn1, block.act1)
-        self.conv = nn.Sequential(block.conv2, block.bn2, block.act2)
+        self.reduce = Layers(block.conv1, block.bn1, block.act1)
+        self.conv = Layers(block.conv2, block.bn2, block.act2)
         self.avgpool = block.avgpool
-        self.expand = nn.Sequential(block.conv3, block.bn3)
-        self.shortcut = block.downsample or nn.Identity()
+        self.expand = Layers(block.conv3, block.bn3)
+        self.shortcut = Layers(OrderedDict(block.downsample.named_children())) if block.downsample else nn.Identity()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return F.relu(self.expand(self.avgpool(self.conv(self.reduce(x_BCHW)))) + self.shortcut(x_BCHW))
+        return F.relu_(self.expand(self.avgpool(self.conv(self.reduce(x_BCHW)))) + self.shortcut(x_BCHW))
 
 
 class CLIPResNet(ImageTower):
@@ -143,13 +151,10 @@ class CLIPResNet(ImageTower):
         self.attnpool = MapAttentionPool(visual.attnpool)
         self.out_channels = (width * 8, width * 16, visual.output_dim)
         names = ("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3", "avgpool")
-        self.stem_layers = nn.ModuleDict({name: getattr(visual, name) for name in names})
+        self.stem_layers = Layers(OrderedDict((name, getattr(visual, name)) for name in names))
 
     def stem(self, image_B3HW: Tensor) -> Tensor:
-        x_BCHW = image_B3HW
-        for layer in self.stem_layers.values():
-            x_BCHW = layer(x_BCHW)
-        return x_BCHW
+        return self.stem_layers(image_B3HW)
 
     def head(self, x_BCHW: Tensor) -> Tensor:
         return self.attnpool(x_BCHW)

@@ -18,6 +18,17 @@ from ris_bench.backbones.clip import CLIPText, load_clip, openai_clip
 from ris_bench.backbones.transformer import Attention, Block, TokenTower, block_sites
 from ris_bench.backbones.weights import Weights, fit
 from ris_bench.errors import UserError
+from ris_bench.speed import Kept, TwoWays
+
+
+class SpelledAttention(Attention, TwoWays):
+    """As DETRIS has it where there is no xformers: with all weights at hand (model/dinov2/layers/attention.py:56-69)."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask_NN: Tensor | None) -> Tensor:
+        if self.fast:
+            return super().attend(q, k, v, mask_NN)
+        assert mask_NN is None
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(dim=-1) @ v
 
 
 def blocks(vit: VisionTransformer) -> list[Block]:
@@ -25,7 +36,7 @@ def blocks(vit: VisionTransformer) -> list[Block]:
     return [
         Block(
             block.norm1,
-            Attention(block.attn.qkv.weight, block.attn.qkv.bias, block.attn.proj, block.attn.num_heads),
+            SpelledAttention(block.attn.qkv.weight, block.attn.qkv.bias, block.attn.proj, block.attn.num_heads),
             block.ls1,
             block.norm2,
             (block.mlp.fc1, block.mlp.act, block.mlp.fc2),
@@ -49,11 +60,15 @@ class DINOv2(TokenTower):
         # The blocks live in the stages.
         vit.blocks = nn.Sequential()
         self.vit = vit
+        self._positions = Kept()
 
     def stem(self, image_B3HW: Tensor) -> Tensor:
         vit = self.vit
         patches_BHWC = vit.patch_embed(image_B3HW)
-        positions_NC = resize_positions(vit.pos_embed[0], *patches_BHWC.shape[1:3], offset=0.1)
+        grid = tuple(patches_BHWC.shape[1:3])
+        positions_NC = self._positions(
+            lambda: resize_positions(vit.pos_embed[0], *grid, offset=0.1), vit.pos_embed, given=grid
+        )
         prefix_1PC = torch.cat([vit.cls_token, vit.reg_token], dim=1)
         patches_BNC = patches_BHWC.flatten(1, 2) + positions_NC
         return torch.cat([prefix_1PC.expand(len(image_B3HW), -1, -1), patches_BNC], dim=1)

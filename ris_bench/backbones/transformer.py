@@ -7,6 +7,7 @@ an adapter put there would be ignored. Here each projection is a layer; what the
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -37,7 +38,11 @@ class Attention(nn.Module):
         q, k, v = (
             layer(x_BNC).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
-        return self.out(F.scaled_dot_product_attention(q, k, v, mask_NN).transpose(1, 2).flatten(2))
+        return self.out(self.attend(q, k, v, mask_NN).transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask_NN: Tensor | None) -> Tensor:
+        """(B, heads, N, C / heads), all four."""
+        return F.scaled_dot_product_attention(q, k, v, mask_NN)
 
 
 def unpacked(weight: Tensor, bias: Tensor) -> list[nn.Linear]:
@@ -90,12 +95,18 @@ class CausalBlocks(Blocks):
 
     def forward(self, state: TextState) -> TextState:
         x_BLE = state.x_BLE
-        length = x_BLE.shape[1]
-        # A float mask, as CLIP's own; built for the length at hand, which a method may have changed.
-        mask_LL = torch.full((length, length), -torch.inf, device=x_BLE.device, dtype=x_BLE.dtype).triu(1)
+        # For the length at hand, which a method may have changed.
+        mask_LL = causal(x_BLE.shape[1], x_BLE.dtype, x_BLE.device)
         for block in self.blocks:
             x_BLE = block(x_BLE, mask_LL)
         return state._replace(x_BLE=x_BLE)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept from an evaluation may serve in training
+def causal(length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A float mask (length, length), as CLIP's own."""
+    return torch.full((length, length), -torch.inf, device=device, dtype=dtype).triu(1)
 
 
 def split(blocks: list[Block], stage: type[Blocks], ends: Sequence[int] = ()) -> list[Blocks]:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ris_bench.backbones.base import Backbone, Features, Known
 from ris_bench.errors import UserError
 from ris_bench.methods.base import METHODS, Method
+from ris_bench.speed import Layers, TwoWays
 
 
-class FullInteractor(nn.Module):
+class FullInteractor(TwoWays):
     """Self-attention, cross-attention and a feed-forward layer (ETRIS model/layers.py `Interactor`)."""
 
     def __init__(self, width: int, heads: int, ffn: int = 128, dropout: float = 0.1) -> None:
@@ -27,14 +28,14 @@ class FullInteractor(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BNC: Tensor, other_BMC: Tensor) -> Tensor:
-        seen = self.self_attention(x_BNC, x_BNC, x_BNC, need_weights=False)[0]
+        seen = self.self_attention(x_BNC, x_BNC, x_BNC, need_weights=not self.fast)[0]
         x_BNC = self.norms[0](x_BNC + self.dropout(seen))
-        seen = self.cross_attention(x_BNC, other_BMC, other_BMC, need_weights=False)[0]
+        seen = self.cross_attention(x_BNC, other_BMC, other_BMC, need_weights=not self.fast)[0]
         x_BNC = self.norms[1](x_BNC + self.dropout(seen))
         return self.norms[2](x_BNC + self.dropout(self.ffn(x_BNC)))
 
 
-class MultiplicativeInteractor(nn.Module):
+class MultiplicativeInteractor(TwoWays):
     """Cross-attention whose result multiplies the query (ETRIS model/layers.py `InteractorT`)."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -42,7 +43,7 @@ class MultiplicativeInteractor(nn.Module):
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
 
     def forward(self, x_BNC: Tensor, other_BMC: Tensor) -> Tensor:
-        return x_BNC * self.attention(x_BNC, other_BMC, other_BMC, need_weights=False)[0]
+        return x_BNC * self.attention(x_BNC, other_BMC, other_BMC, need_weights=not self.fast)[0]
 
 
 class Bridge(nn.Module):
@@ -56,8 +57,8 @@ class Bridge(nn.Module):
     ) -> None:
         super().__init__()
         zoom_in, zoom_out = (nn.ConvTranspose2d, nn.Conv2d) if coarse else (nn.Conv2d, nn.ConvTranspose2d)
-        self.zoom_in = nn.Sequential(zoom_in(channels, width, step, step, bias=False))
-        self.zoom_out = nn.Sequential(zoom_out(width, channels, step, step, bias=False))
+        self.zoom_in = Layers(zoom_in(channels, width, step, step, bias=False))
+        self.zoom_out = Layers(zoom_out(width, channels, step, step, bias=False))
         if not full:
             # The released ViT Bridger normalises and rectifies both ways, the ResNet's neither (model/bridger.py).
             self.zoom_in.extend([nn.BatchNorm2d(width), nn.ReLU()])

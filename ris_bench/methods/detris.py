@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ris_bench.backbones.base import Backbone, Features, Known, Site
 from ris_bench.errors import UserError
 from ris_bench.methods.base import METHODS, Method, Parallel
+from ris_bench.speed import Layers, TwoWays
 
 
 class DenseConvolutions(nn.Module):
@@ -27,9 +28,9 @@ class DenseConvolutions(nn.Module):
     def __init__(self, width: int, conv: type[nn.Module], norm: type[nn.Module]) -> None:
         super().__init__()
 
-        def layer(inside: int, outside: int, kernel: int) -> nn.Sequential:
+        def layer(inside: int, outside: int, kernel: int) -> Layers:
             # The biases are without effect, since a norm follows; the released counts contain them.
-            return nn.Sequential(conv(inside, outside, kernel, padding=kernel // 2), norm(outside, eps=1e-3), nn.ReLU())
+            return Layers(conv(inside, outside, kernel, padding=kernel // 2), norm(outside, eps=1e-3), nn.ReLU())
 
         half, quarter, thin = width // 2, width // 4, width // 16
         self.branches = nn.ModuleList(
@@ -73,7 +74,7 @@ class Prior:
     words_BLE: Tensor
 
 
-class DenseAligner(nn.Module):
+class DenseAligner(TwoWays):
     """Tokens (B, N, C) -> what is added beside them, `scale` times (DETRIS model/adapter.py:83-194).
 
     Patches pass the convolutions and ask all words, padding included; the first tokens pass both by and are doubled.
@@ -115,7 +116,7 @@ class DenseAligner(nn.Module):
         patches_BCHW = patches_BNC.mT.unflatten(2, (side, side))
         query_BNA = self.patch_in((self.convs(patches_BCHW) + patches_BCHW).flatten(2).mT)
         words_BLA = self.word_in(self.prior.words_BLE)
-        seen_BNA = self.attention(query_BNA, words_BLA, words_BLA, need_weights=False)[0]
+        seen_BNA = self.attention(query_BNA, words_BLA, words_BLA, need_weights=not self.fast)[0]
         return self.scale * self.up(x_BNC + torch.cat([prefix_BPC, self.patch_out(seen_BNA)], dim=1))
 
 
