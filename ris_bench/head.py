@@ -19,6 +19,8 @@ from ris_bench.registry import Registry
 from ris_bench.speed import Layers, TwoWays, doubled_convolution, foldable
 
 HEADS = Registry("head", "ris_bench.head")
+"""Modules from `Features` to logits. One that has `prepare(maps)` and `decode(features with what that gives for maps)`,
+which after one another are its `forward`, prepares the maps of an image once for all its sentences in evaluation."""
 
 
 def conv(in_channels: int, out_channels: int, kernel: int = 1, stride: int = 1, padding: int = 0) -> Layers:
@@ -34,6 +36,7 @@ def upsampling_conv(in_channels: int, out_channels: int, stride: int) -> Layers:
 class HierarchicalAlignment(TwoWays):
     """Maps of all stages -> one map (B, width, H, W) on the middle stage's grid, each multiplied by the sentence.
 
+    `prepare` brings them to that grid, before any sentence is read.
     If not `aligned`, the sentence has no part in it. `residual` adds what enters the convolutions with coordinates to
     what leaves them.
     """
@@ -56,8 +59,14 @@ class HierarchicalAlignment(TwoWays):
         self.aggregate = conv(3 * width, width)
         self.coordinates = nn.Sequential(conv(width + 2, width, 3, padding=1), conv(width, width, 3, padding=1))
 
+    def prepare(self, maps_BCHW: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(to_grid(map_BCHW) for to_grid, map_BCHW in zip(self.to_grid, maps_BCHW, strict=True))
+
     def forward(self, maps_BCHW: tuple[Tensor, ...], sentence_BE: Tensor) -> Tensor:
-        grids = [to_grid(map_BCHW) for to_grid, map_BCHW in zip(self.to_grid, maps_BCHW, strict=True)]
+        return self.fuse(self.prepare(maps_BCHW), sentence_BE)
+
+    def fuse(self, grids_BCHW: tuple[Tensor, ...], sentence_BE: Tensor) -> Tensor:
+        grids = list(grids_BCHW)
         if self.attention is not None:
             key_BC = self.sentence(sentence_BE)
             for i, attention in enumerate(self.attention):
@@ -228,7 +237,13 @@ class ETRISHead(nn.Module):
         self.projector = Projector(width, backbone.sentence_width)
 
     def forward(self, features: Features) -> Tensor:
-        x_BCHW = self.hierarchical_alignment(features.maps_BCHW, features.sentence_BE)
+        return self.decode(features._replace(maps_BCHW=self.prepare(features.maps_BCHW)))
+
+    def prepare(self, maps_BCHW: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return self.hierarchical_alignment.prepare(maps_BCHW)
+
+    def decode(self, features: Features) -> Tensor:
+        x_BCHW = self.hierarchical_alignment.fuse(features.maps_BCHW, features.sentence_BE)
         if self.global_alignment is not None:
             x_BCHW = self.global_alignment(x_BCHW, features.words_BLE, features.pad_BL)
         return self.projector(x_BCHW, features.sentence_BE)

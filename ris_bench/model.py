@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ris_bench.backbones.base import BACKBONES, Backbone, Known
+from ris_bench.backbones.base import BACKBONES, Backbone, Features, Known
 from ris_bench.backbones.weights import Weights
 from ris_bench.data.dataset import DATASETS
 from ris_bench.errors import UserError
@@ -20,6 +21,18 @@ from ris_bench.records import Params, Trial
 from ris_bench.speed import TwoWays
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What a model makes of images before it reads a sentence, all that it can."""
+
+    maps_BCHW: tuple[Tensor, ...]
+    """As the head has prepared them, or as `Features` has them where it prepares nothing."""
+
+    def __getitem__(self, row_B: Tensor) -> Encoded:
+        """The same for rows of the batch, which may repeat."""
+        return Encoded(tuple(map_BCHW[row_B] for map_BCHW in self.maps_BCHW))
+
+
 class RISModel(TwoWays):
     """Images (B, 3, H, W), normalised, and tokens (B, L), int64 -> logits (B, 1, h, w)."""
 
@@ -27,13 +40,30 @@ class RISModel(TwoWays):
         super().__init__()
         self.backbone, self.method, self.head = backbone, method, head
 
-    def forward(self, image: Tensor | Known, tokens_BL: Tensor) -> Tensor:
-        """What `ImageTower.known` says of images can stand in their place."""
-        return self.head(self.method(self.backbone, image, tokens_BL))
+    def forward(self, image: Tensor | Known | Encoded, tokens_BL: Tensor) -> Tensor:
+        """What `known` says of images can stand in their place."""
+        if not isinstance(image, Encoded):
+            return self.head(self.method(self.backbone, image, tokens_BL))
+        features = Features(image.maps_BCHW, *self.backbone.encode_text(tokens_BL))
+        return self.head.decode(features) if self._prepares else self.head(features)
 
-    def known(self, image: Tensor | Known) -> Tensor | Known:
-        """As `ImageTower.known`; for `plain` models the images themselves."""
-        return self.backbone.image.known(image) if self.fast else image
+    def known(self, image: Tensor | Known) -> Tensor | Known | Encoded:
+        """What can be worked out of images without a sentence, once for all of theirs.
+
+        While the model learns, that is what `ImageTower.known` says. In evaluation, where tuned parameters stand still,
+        it is the whole image tower, unless the method makes the towers meet. For `plain` models the images themselves.
+        """
+        if not self.fast:
+            return image
+        apart = type(self.method).forward is Method.forward
+        if self.training or torch.is_grad_enabled() or not apart or isinstance(image, Known):
+            return self.backbone.image.known(image)
+        maps = self.backbone.encode_image(image)
+        return Encoded(self.head.prepare(maps) if self._prepares else maps)
+
+    @property
+    def _prepares(self) -> bool:
+        return hasattr(self.head, "prepare")
 
     def moving_statistics(self, *parts: nn.Module) -> dict[str, Tensor]:
         """Running means and variances that training moves, by name; of the whole model if no part is named."""

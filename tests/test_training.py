@@ -8,7 +8,7 @@ from conftest import TINY_HEAD
 from torch import nn
 
 from ris_bench.data.loading import Batch
-from ris_bench.head import coordinates_like
+from ris_bench.head import coordinates
 from ris_bench.records import Training
 from ris_bench.training import Loop, learning_rate, reduced, segmentation_loss, train
 
@@ -173,10 +173,10 @@ def test_a_cpu_computes_in_full_precision():
 
 
 def test_coordinates_run_from_edge_to_edge():
-    coordinates = coordinates_like(torch.zeros(2, 5, 3, 4))
-    assert coordinates.shape == (2, 2, 3, 4)
-    assert coordinates[0, 0, 1].tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])
-    assert coordinates[1, 1, :, 2].tolist() == [-1, 0, 1]
+    places = coordinates(3, 4, torch.float32, CPU)
+    assert places.shape == (2, 3, 4)
+    assert places[0, 1].tolist() == pytest.approx([-1, -1 / 3, 1 / 3, 1])
+    assert places[1, :, 2].tolist() == [-1, 0, 1]
 
 
 def test_heads_refuse_widths_that_do_not_divide():

@@ -21,7 +21,7 @@ from ris_bench.errors import UserError
 from ris_bench.speed import Kept, TwoWays
 
 
-class SpelledAttention(Attention, TwoWays):
+class WrittenOutAttention(Attention, TwoWays):
     """As DETRIS has it where there is no xformers: with all weights at hand (model/dinov2/layers/attention.py:56-69)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask_NN: Tensor | None) -> Tensor:
@@ -36,7 +36,7 @@ def blocks(vit: VisionTransformer) -> list[Block]:
     return [
         Block(
             block.norm1,
-            SpelledAttention(block.attn.qkv.weight, block.attn.qkv.bias, block.attn.proj, block.attn.num_heads),
+            WrittenOutAttention(block.attn.qkv.weight, block.attn.qkv.bias, block.attn.proj, block.attn.num_heads),
             block.ls1,
             block.norm2,
             (block.mlp.fc1, block.mlp.act, block.mlp.fc2),
