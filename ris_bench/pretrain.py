@@ -272,7 +272,8 @@ class MaskedPatches(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(vit.embed_dim))
         self.to_pixels = nn.Linear(vit.embed_dim, 3 * self.patch**2)
         with torch.no_grad():  # small random positions take most of a short training to tell places apart
-            vit.pos_embed.copy_(cell_positions(vit.embed_dim, *vit.patch_embed.grid_size, torch.float32, torch.device("cpu")))
+            grid = vit.patch_embed.grid_size
+            vit.pos_embed.copy_(cell_positions(vit.embed_dim, *grid, torch.float32, torch.device("cpu")))
 
     def forward(self, page: Page) -> tuple[Tensor, float]:
         """The mean squared error of the hidden patches, and the share of their variance that is explained."""

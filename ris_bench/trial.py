@@ -35,6 +35,7 @@ from ris_bench.features import FrozenFeatures, Room, frozen_features
 from ris_bench.model import RISModel, build
 from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial, plain
 from ris_bench.results import CHECKPOINTS
+from ris_bench.speed import Speed, choose
 from ris_bench.training import Loop, fit, out_of_memory, reduced, train, under
 
 SHUFFLED = "/shuffled"
@@ -45,7 +46,7 @@ LOADING_PROCESSES = 4
 
 
 class Places(NamedTuple):
-    """Where a machine keeps what a trial needs; none of it can change a number."""
+    """Where a machine keeps what a trial needs, and how it computes; none of it can change a number but by rounding."""
 
     data: Path
     weights: Path | None
@@ -53,6 +54,7 @@ class Places(NamedTuple):
     """How much room frozen features may take in the cache folder."""
     checkpoint_seconds: float = 0
     """How much of a training may be lost if its process dies; 0 writes no checkpoints."""
+    speed: Speed = "fast"
 
 
 class Progress(NamedTuple):
@@ -139,8 +141,8 @@ class _Run:
         self.tell("load")
         dataset = DATASETS.build(trial.dataset)
         dataset.locate(self.places.data)
-        # Convolutions with channels last: on a CPU a step of full tuning takes 0.8 of the time.
-        model = build(trial, self.weights).to(self.device, memory_format=torch.channels_last)
+        model = build(trial, self.weights).to(self.device)
+        choose(model, self.places.speed)
         self.params = model.count()
         self.log(f"{trial.id} on {device_name(self.device)}: {self.params}")
         self.tokenizer = Tokenizer(dataset.word_len, model.backbone.vocab_size)
@@ -235,6 +237,7 @@ class _Run:
                 "versions": versions(),
                 "weights": self.weights.sha256,
                 "device": self.device.type,
+                "speed": self.places.speed,
             },
         )
 

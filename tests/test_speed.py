@@ -7,12 +7,15 @@ import copy
 import pytest
 import torch
 from conftest import inputs, tiny_model
+from torch import nn
 from torch.nn import functional as F
 
 from ris_bench import speed
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.head import HEADS
-from ris_bench.speed import doubled_convolution
+from ris_bench.methods.base import Method
+from ris_bench.model import Encoded
+from ris_bench.speed import Layers, doubled_convolution
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (5, 2), (7, 6)])
@@ -41,21 +44,119 @@ def outcome(model, way: speed.Speed) -> tuple[torch.Tensor, torch.Tensor]:
     return logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest error, in standard deviations of what is expected."""
+    return ((found.double() - expected).abs().max() / expected.std()).item()
+
+
 def test_fast_and_plain_agree(model):
     """In evaluation mode: against float64 the fast way errs at most 1.5 times as much as the plain way, or by what
     are a tiny model's last bits; and no pixel flips."""
+    unsettle(model)
     model.eval()
     exact = copy.deepcopy(model).double()
     expected, expected_gradients = outcome(exact, "plain")
     (fast, fast_gradients), (plain, plain_gradients) = (outcome(model, way) for way in ("fast", "plain"))
-    deviation = expected.std()
-    errors = [(logits.double() - expected).abs().max() / deviation for logits in (fast, plain)]
-    assert errors[0] <= max(1.5 * errors[1], 5e-5)
+    assert off(fast, expected) <= max(1.5 * off(plain, expected), 5e-5)
     wrong = [
         (g.double() - expected_gradients).norm() / expected_gradients.norm() for g in (fast_gradients, plain_gradients)
     ]
     assert wrong[0] <= max(1.5 * wrong[1], 1e-5)
     assert torch.equal(fast > 0, plain > 0)
+
+    # As an evaluation does it: what no sentence has a part in once per image.
+    images, tokens = inputs(model)
+    speed.choose(model, "fast")
+    rows = torch.tensor([0, 1, 2])
+    with torch.inference_mode():
+        shared = model.known(images)
+        assert isinstance(shared, Encoded) == (type(model.method).forward is Method.forward)
+        assert off(model(shared[rows], tokens), expected) <= max(1.5 * off(plain, expected), 5e-5)
+
+
+def unsettle(model) -> None:
+    """Norms with statistics and parameters of their own, as after a training."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module not in model.backbone.fixed_norms:
+                for tensor in (module.running_mean, module.bias):
+                    tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+                for tensor in (module.running_var, module.weight):
+                    tensor *= 0.5 + torch.rand(tensor.shape, generator=generator)
+
+
+@pytest.mark.parametrize("backbone, method", [("tiny-clip-rn", "bridger"), ("tiny-dino", "detris")])
+def test_both_draw_the_same_dropout(backbone, method):
+    model = tiny_model(backbone, method).double().train()
+    (fast, fast_gradients), (plain, plain_gradients) = (outcome(model, way) for way in ("fast", "plain"))
+    torch.testing.assert_close(fast, plain)
+    torch.testing.assert_close(fast_gradients, plain_gradients, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 3, stride=2, padding=1, groups=2),
+        nn.Conv2d(6, 8, 1, bias=False),
+        nn.ConvTranspose2d(6, 8, 2, 2, bias=False),
+        nn.ConvTranspose2d(6, 8, 3, 2, padding=1, output_padding=1),
+        nn.ConvTranspose2d(6, 8, 2, 2, groups=2),
+        nn.Conv1d(6, 8, 5, padding=2),
+    ],
+    ids=str,
+)
+def test_a_norm_goes_into_the_convolution_before_it(layer):
+    one_d = isinstance(layer, nn.Conv1d)
+    norm = (nn.BatchNorm1d if one_d else nn.BatchNorm2d)(8, eps=1e-3)
+    layers = Layers(layer, norm, nn.ReLU()).double()
+    for tensor in (norm.running_mean, norm.running_var, norm.weight.data, norm.bias.data):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    x = torch.randn(2, 6, 9, dtype=torch.float64) if one_d else torch.randn(2, 6, 5, 7, dtype=torch.float64)
+    norm.requires_grad_(False)
+    norm.eval()
+    for _ in range(2):  # made, and found
+        torch.testing.assert_close(layers(x), nn.Sequential.forward(layers, x))
+    # The weight is trained although the norm is not.
+    for run in (layers, lambda x: nn.Sequential.forward(layers, x)):
+        layer.weight.grad, kept = None, layer.weight.grad
+        run(x).square().sum().backward()
+    torch.testing.assert_close(kept, layer.weight.grad)
+    # Statistics of the batch cannot be folded.
+    norm.train()
+    torch.testing.assert_close(layers(x), nn.Sequential.forward(layers, x))
+    assert norm.num_batches_tracked == 2
+
+
+@torch.no_grad()
+def test_what_was_folded_is_forgotten_when_it_changes():
+    layers = Layers(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    x = torch.randn(1, 3, 2, 2)
+
+    def check() -> None:
+        torch.testing.assert_close(layers(x), nn.Sequential.forward(layers, x))
+
+    check()
+    layers[0].weight += 1
+    check()
+    layers[1].running_mean += 1
+    check()
+    layers[1].bias = nn.Parameter(torch.randn(4))
+    check()
+    layers.load_state_dict({name: 2 * tensor for name, tensor in layers.state_dict().items()})
+    check()
+    layers[0].weight.data = torch.randn(4, 3, 1, 1)
+    check()
+    layers[0].weight.data.mul_(3)  # not counted, but no evaluation begins without this
+    layers.eval()
+    check()
+    layers.double()
+    x = x.double()
+    check()
+    heard = []
+    layers[0].register_forward_hook(lambda *given: heard.append(given))
+    check()
+    assert len(heard) == 2
 
 
 def test_what_an_evaluation_keeps_serves_in_training():

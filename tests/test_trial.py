@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from ris_bench import experiment, trial
+from ris_bench import experiment, speed, trial
 from ris_bench.records import Result
 from ris_bench.trial import Places, run_trial
 
@@ -96,7 +96,7 @@ def test_the_selected_checkpoint_is_the_one_saved(tmp_path):
     one = next(t for t in trials("quickstart.yaml", *SHORT, "train.epochs=3") if t.method.name == "full")
     result = run(one, tmp_path / "t")
     # In the trial's layout: another one rounds otherwise, and a pixel on the edge of a mask may fall out.
-    model = build(one, Weights(None)).to(memory_format=trial.torch.channels_last)
+    speed.choose(model := build(one, Weights(None)), "fast")
     model.load_tuned(tmp_path / "t" / "tuned.safetensors")
     dataset = DATASETS.build(one.dataset)
     frame = evaluation.evaluate(

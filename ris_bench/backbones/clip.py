@@ -101,9 +101,7 @@ class MapAttentionPool(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.c_proj = pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj
         self.positional_embedding, self.num_heads = pool.positional_embedding, pool.num_heads
         width, out_width = pool.c_proj.in_features, pool.c_proj.out_features
-        self.connect = seeded(
-            lambda: Layers(nn.Conv2d(width, out_width, 1, bias=False), nn.BatchNorm2d(out_width))
-        )
+        self.connect = seeded(lambda: Layers(nn.Conv2d(width, out_width, 1, bias=False), nn.BatchNorm2d(out_width)))
         self._positions = Kept()
 
     def forward(self, x_BCHW: Tensor) -> Tensor:

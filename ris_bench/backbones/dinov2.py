@@ -22,7 +22,7 @@ from ris_bench.speed import Kept, TwoWays
 
 
 class WrittenOutAttention(Attention, TwoWays):
-    """As DETRIS has it where there is no xformers: with all weights at hand (model/dinov2/layers/attention.py:56-69)."""
+    """As DETRIS has it where there is no xformers (model/dinov2/layers/attention.py:56-69)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask_NN: Tensor | None) -> Tensor:
         if self.fast:

@@ -45,6 +45,15 @@ def add_data_folder(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_speed(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--speed",
+        choices=("plain", "fast"),
+        default="fast",
+        help="compute as the papers' code does, or the same in less time; only roundings differ (default: %(default)s)",
+    )
+
+
 def read_dataset(text: str) -> Dataset:
     """A dataset as an experiment names it: refcoco, or with options: 'own: {file: mine.json}'."""
     from ris_bench.data.dataset import named  # only now: it imports torch
@@ -87,7 +96,8 @@ def load_model(args: argparse.Namespace, checkpoint: str) -> Predictor:
     from ris_bench import predict  # only now: it imports torch
 
     load_plugins(args)
-    return predict.load(checkpoint, results=args.results, weights=args.weights, threshold=args.threshold)
+    way = getattr(args, "speed", "fast")
+    return predict.load(checkpoint, results=args.results, weights=args.weights, threshold=args.threshold, way=way)
 
 
 def count(text: str) -> int:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ris_bench.cli.arguments import CHECKPOINT, add_data_folder, add_model, load_model
+from ris_bench.cli.arguments import CHECKPOINT, add_data_folder, add_model, add_speed, load_model
 from ris_bench.errors import UserError
 
 
@@ -23,6 +23,7 @@ def add(verbs: Any) -> None:
     evaluate.add_argument("--split", required=True, metavar="NAME", help="such as testA")
     add_data_folder(evaluate)
     add_model(evaluate)
+    add_speed(evaluate)
     evaluate.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="a name that ends in .parquet or .json"
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from ris_bench.cli.arguments import add_data_folder, add_results, count
+from ris_bench.cli.arguments import add_data_folder, add_results, add_speed, count
 from ris_bench.errors import UserError
 from ris_bench.records import Result, Trial
 from ris_bench.remote import is_url, store_at
@@ -71,6 +71,7 @@ def add(verbs: Any) -> None:
         help="room on disk for what untouched stages make of the training images, shared by trials; 0 works it out in "
         "every epoch (default: %(default)s)",
     )
+    add_speed(run)
     run.add_argument(
         "--checkpoint-minutes",
         type=_amount,
@@ -155,6 +156,7 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         weights=args.weights and args.weights.absolute(),
         feature_bytes=int(args.feature_cache * 1e9),
         checkpoint_seconds=60 * args.checkpoint_minutes,
+        speed=args.speed,
     )
     ray_options["plugins"] = experiment.plugins
     executor = sweep.in_process() if args.executor == "local" else sweep.through_ray(**ray_options)
