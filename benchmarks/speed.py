@@ -1,7 +1,14 @@
-"""What the fast way of computing saves: `python -m benchmarks.speed [CASE ...]`.
+"""What the fast way of computing saves: `python -m benchmarks.speed [CASE ...] [--measures NAME ...]`.
 
-Plain and fast alternate in one process, on full-size models with random weights; a ratio is the median of the ratios of
-neighbouring runs, with their range. On a GPU if there is one, else on the CPU with `--threads`.
+Ways alternate in one process, on full-size models with random weights; a ratio is the median of the ratios of
+neighbouring runs, with their range. On a GPU if there is one, else on the CPU with `--threads`; with one thread it is
+the processor's time that is taken, which other processes disturb less. Three ways are compared:
+
+    released  training as the released code does it: the Bridger or aligners of its paper, and in ETRIS the positions of
+              both towers trained and the statistics of their norms moved
+    plain     the same function as fast, computed as the papers' code computes it; an image is encoded anew for every
+              expression
+    fast      what trials do; "cached" with what is known of the images from disk
 """
 
 from __future__ import annotations
@@ -10,26 +17,42 @@ import argparse
 import json
 import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from tabulate import tabulate
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ris_bench import speed
 from ris_bench.backbones.base import BACKBONES
+from ris_bench.data.loading import Pixels
+from ris_bench.data.transforms import CLIP_MEAN, CLIP_STD, Letterbox, restore
+from ris_bench.evaluation import forward, log_odds
 from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS
 from ris_bench.model import RISModel
+from ris_bench.predictions import Maps
+from ris_bench.protocols import CRIS
+from ris_bench.resampling import cut
 from ris_bench.training import segmentation_loss
 
 EXPRESSIONS = 7
 """Of an image: RefCOCO's val has 10,834 on 1,500."""
 TRAIN_BATCH = {"cpu": 2, "cuda": 32}
+MEASURES = ("forward", "grouped", "train", "postprocess", "load")
+PHOTO = (480, 640)
+"""Height and width of the usual image of COCO."""
+
+Runs = Mapping[str, Callable[[], Any]]
 
 
 class Case(NamedTuple):
@@ -37,34 +60,152 @@ class Case(NamedTuple):
     method: str
     head: str = "etris"
     method_options: dict[str, Any] = {}
+    released: str | None = None
+    """The case that is what the paper's code trains on this backbone; None where it is this one."""
 
 
 CASES = {
     "etris-r101": Case("clip-r101", "bridger"),
     "etris-vit-b16": Case("clip-vit-b16", "bridger", method_options={"width": 128, "heads": 8}),
     "detris-b": Case("dinov2-b", "detris", "detris"),
-    "frozen-r101": Case("clip-r101", "frozen"),
-    "frozen-vit-b16": Case("clip-vit-b16", "frozen"),
-    "frozen-dinov2-b": Case("dinov2-b", "frozen"),
+    "frozen-r101": Case("clip-r101", "frozen", released="etris-r101"),
+    "frozen-vit-b16": Case("clip-vit-b16", "frozen", released="etris-vit-b16"),
+    "frozen-dinov2-b": Case("dinov2-b", "frozen", "detris", released="detris-b"),
 }
 
 
-class Ratio(NamedTuple):
-    """Plain over fast."""
+class Row(NamedTuple):
+    """One way against another."""
 
-    plain_ms: float
-    fast_ms: float
-    median: float
+    case: str
+    what: str
+    slow: str
+    quick: str
+    slow_ms: float
+    quick_ms: float
+    ratio: float
+    """Slow over quick: the median of neighbouring runs."""
     least: float
     most: float
+    per_second: float
+    """Expressions (in training, images) of the quicker way."""
+    slow_gflop: float | None
+    """Of one run in products and sums of matrices, convolutions and attention; a product and a sum count as two."""
+    quick_gflop: float | None
+    ceiling: float | None
+    """What the quicker way makes of the rate at which one large product of matrices runs."""
+    slow_peak: int | None
+    """Bytes that a run takes at most, over those held before; None where that is not known."""
+    quick_peak: int | None
 
 
-def build(case: Case, device: torch.device) -> RISModel:
+class Bench(NamedTuple):
+    device: torch.device
+    autocast: torch.dtype | None
+    repeats: int
+    rate: float
+    """GFLOP a second of one large product of matrices."""
+
+    def cast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
+
+    def compare(self, case: str, what: str, runs: Runs, number: int) -> Iterator[Row]:
+        """The last of the runs against each of the others; a run does `number` expressions."""
+        gflops, peaks, taken = {}, {}, {name: [] for name in runs}
+        for name, run in runs.items():  # this warms up too
+            with FlopCounterMode(display=False) as counter:
+                run()
+            gflops[name] = counter.get_total_flops() / 1e9 or None
+        for _ in range(self.repeats):
+            for name, run in runs.items():
+                before = self._mark()
+                started = self.now()
+                run()
+                taken[name].append(self.now() - started)
+                peaks[name] = self._peak(before)
+        *others, quick = runs
+        took = statistics.median(taken[quick])
+        for slow in others:
+            ratios = [one / other for one, other in zip(taken[slow], taken[quick], strict=True)]
+            yield Row(
+                case,
+                what,
+                slow,
+                quick,
+                slow_ms=1e3 * statistics.median(taken[slow]),
+                quick_ms=1e3 * took,
+                ratio=statistics.median(ratios),
+                least=min(ratios),
+                most=max(ratios),
+                per_second=number / took,
+                slow_gflop=gflops[slow],
+                quick_gflop=gflops[quick],
+                ceiling=gflops[quick] and gflops[quick] / took / self.rate,
+                slow_peak=peaks[slow],
+                quick_peak=peaks[quick],
+            )
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+    def _mark(self) -> int | None:
+        """Begin to watch the peak; gives what is held now."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
+            return _resident("VmRSS")
+        except OSError:
+            return None
+
+    def _peak(self, before: int | None) -> int | None:
+        if before is None:
+            return None
+        most = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _resident("VmHWM")
+        return max(0, most - before)
+
+
+def _resident(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[field].split()[0]) * 1024
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP a second of the best of a few large products of matrices."""
+    side = 1536 if device.type == "cpu" else 8192
+    one, clock = torch.randn(side, side, device=device, dtype=dtype), Bench(device, None, 0, 0.0)
+    best = float("inf")
+    for _ in range(5):
+        started = clock.now()
+        _ = one @ one
+        best = min(best, clock.now() - started)
+    return 2e-9 * side**3 / best
+
+
+def build(case: Case, way: speed.Speed, device: torch.device, **backbone_options: Any) -> RISModel:
     torch.manual_seed(0)
-    backbone = BACKBONES[case.backbone](None)
+    backbone = BACKBONES[case.backbone](None, **backbone_options)
     method = METHODS[case.method](backbone, **case.method_options)
-    model = RISModel(backbone, method, HEADS[case.head](backbone))
-    return model.to(device, memory_format=torch.channels_last)
+    model = RISModel(backbone, method, HEADS[case.head](backbone)).to(device)
+    speed.choose(model, way)
+    return model
+
+
+def as_released(case: Case, device: torch.device) -> RISModel:
+    if case.released is not None:
+        case = CASES[case.released]
+    etris = case.method == "bridger"
+    model = build(case, "plain", device, **({"norm_stats": "batch"} if case.backbone == "clip-r101" else {}))
+    for name, parameter in model.backbone.named_parameters():
+        if etris and "positional_embedding" in name:
+            parameter.requires_grad_(True)
+    if etris:
+        model.backbone.image.untouched = 0
+    return model
 
 
 def inputs(model: RISModel, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -74,89 +215,143 @@ def inputs(model: RISModel, batch: int, device: torch.device) -> tuple[Tensor, T
     return torch.randn(batch, 3, size, size, device=device), tokens
 
 
-def alternate(plain: Callable[[], Any], fast: Callable[[], Any], repeats: int, device: torch.device) -> Ratio:
-    taken: dict[str, list[float]] = {"plain": [], "fast": []}
-    for number in range(repeats + 1):
-        for name, run in (("plain", plain), ("fast", fast)):
-            started = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number:  # the first run of each warms up
-                taken[name].append(1e3 * (time.perf_counter() - started))
-    ratios = [p / f for p, f in zip(taken["plain"], taken["fast"], strict=True)]
-    medians = (statistics.median(taken[name]) for name in ("plain", "fast"))
-    return Ratio(*medians, statistics.median(ratios), min(ratios), max(ratios))
+def evaluation(bench: Bench, model: RISModel, expressions: int) -> Callable[[], None]:
+    """All expressions of one image."""
+    image_13HW, _ = inputs(model, 1, bench.device)
+    _, tokens_BL = inputs(model, expressions, bench.device)
+    row_B = torch.zeros(expressions, dtype=torch.long)
+
+    def run() -> None:
+        model.eval()
+        with torch.inference_mode():
+            if model.fast:
+                forward(model, image_13HW, row_B, tokens_BL, bench.device, bench.autocast)
+            else:  # one by one, as the released test scripts do
+                for tokens_1L in tokens_BL.split(1):
+                    forward(model, image_13HW, row_B[:1], tokens_1L, bench.device, bench.autocast)
+
+    return run
 
 
-def measure(model: RISModel, repeats: int, device: torch.device, autocast: torch.dtype | None) -> Iterator[tuple]:
-    """(what, Ratio) for evaluation and training."""
+def training(bench: Bench, model: RISModel, cached: bool = False) -> Callable[[], None]:
+    """One step."""
+    images, tokens = inputs(model, TRAIN_BATCH[bench.device.type], bench.device)
+    mask = (torch.rand(len(images), 1, *images.shape[2:], device=bench.device) > 0.5).float()
+    tuned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(tuned, lr=1e-5, fused=model.fast)
+    kept = model.backbone.image.known(images) if cached else None
 
-    def cast() -> torch.autocast:
-        return torch.autocast(device.type, autocast, enabled=autocast is not None)
+    def run() -> None:
+        model.train()
+        with bench.cast():
+            logits = model(model.known(images) if kept is None else kept, tokens)
+        segmentation_loss(logits, mask, dice=0.0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def one_by_one(way: speed.Speed) -> Callable[[], None]:
-        image_13HW, tokens_1L = inputs(model, 1, device)
-
-        def run() -> None:
-            speed.choose(model, way)
-            with torch.inference_mode(), cast():
-                model(model.known(image_13HW), tokens_1L)
-
-        return run
-
-    def grouped(way: speed.Speed) -> Callable[[], None]:
-        image_13HW, _ = inputs(model, 1, device)
-        _, tokens_BL = inputs(model, EXPRESSIONS, device)
-
-        def run() -> None:
-            speed.choose(model, way)
-            with torch.inference_mode(), cast():
-                known = model.known(image_13HW)
-                # A CPU is quickest when what it works on fits its caches.
-                for tokens in tokens_BL.split(1 if device.type == "cpu" else EXPRESSIONS):
-                    model(known[torch.zeros(len(tokens), dtype=torch.long, device=device)], tokens)
-
-        return run
-
-    def step(way: speed.Speed, cached: bool = False) -> Callable[[], None]:
-        images, tokens = inputs(model, TRAIN_BATCH[device.type], device)
-        mask = (torch.rand(len(images), 1, *images.shape[2:], device=device) > 0.5).float()
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-        kept = model.known(images) if cached else None
-
-        def run() -> None:
-            speed.choose(model, way)
-            with cast():
-                logits = model(model.known(images) if kept is None else kept, tokens)
-            segmentation_loss(logits, mask, dice=0.0).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return run
-
-    model.eval()
-    yield "one expression", alternate(one_by_one("plain"), one_by_one("fast"), repeats, device)
-    yield f"{EXPRESSIONS} expressions of an image", alternate(grouped("plain"), grouped("fast"), repeats, device)
-    model.train()
-    yield "training step", alternate(step("plain"), step("fast"), repeats, device)
-    if model.backbone.image.untouched > 1:
-        pair = step("plain"), step("fast", cached=True)
-        yield "training step, features cached", alternate(*pair, repeats, device)
+    return run
 
 
-def gigaflops(model: RISModel, way: speed.Speed, device: torch.device) -> float:
-    """Of one expression; a product and a sum count as two."""
-    image, tokens = inputs(model.eval(), 1, device)
-    speed.choose(model, way)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(model.known(image), tokens)
-    return counter.get_total_flops() / 1e9
+def measure(bench: Bench, label: str, measures: set[str]) -> Iterator[Row]:
+    case = CASES[label]
+    fast, plain = (build(case, way, bench.device) for way in ("fast", "plain"))
+    for name, expressions in (("forward", 1), ("grouped", EXPRESSIONS)):
+        if name in measures:
+            runs = {"plain": evaluation(bench, plain, expressions), "fast": evaluation(bench, fast, expressions)}
+            yield from bench.compare(label, f"evaluation, {expressions} of an image", runs, expressions)
+    if "train" in measures:
+        runs = {"released": training(bench, as_released(case, bench.device)), "plain": training(bench, plain)}
+        batch = TRAIN_BATCH[bench.device.type]
+        cached = fast.backbone.image.untouched > 1
+        quick = {"cached" if cached else "fast": training(bench, fast, cached)}
+        yield from bench.compare(label, f"training step of {batch}", runs | quick, batch)
+
+
+def postprocessing(bench: Bench) -> Iterator[Row]:
+    """From the map of one expression to its counts, as ETRIS engine/engine.py:97-115 does it for `cris`, but without
+    reading a mask from a file; and as our evaluation does it, by its own protocol."""
+    import cv2
+
+    cv2.setNumThreads(torch.get_num_threads())
+    torch.manual_seed(0)
+    # As smooth as what a network answers.
+    map_1hw = F.interpolate(torch.randn(1, 1, 13, 13), (104, 104), mode="bicubic")[0] * 6
+    target_HW = np.zeros(PHOTO, dtype=bool)
+    target_HW[100:300, 200:400] = True
+    target_WH, size = np.ascontiguousarray(target_HW.T), 416
+    scale = min(size / PHOTO[0], size / PHOTO[1])
+    borders = [(size - scale * side) / 2 for side in reversed(PHOTO)]
+    there = np.array([[scale, 0, borders[0]], [0, scale, borders[1]]])
+    back = cv2.invertAffineTransform(there)
+    found = {}
+    logits_1hw, target_1HW = map_1hw.to(bench.device), torch.from_numpy(target_HW)[None].to(bench.device)
+    maps = Maps(values="logit", geometry="letterbox-exact", size=size)
+
+    def official() -> None:
+        probability = F.interpolate(
+            logits_1hw[None].sigmoid(), size=(size, size), mode="bicubic", align_corners=True
+        ).squeeze()
+        flags = {"flags": cv2.INTER_CUBIC, "borderValue": 0.0}
+        predicted = cv2.warpAffine(probability.cpu().numpy(), back, PHOTO[::-1], **flags) > CRIS.threshold
+        inter, union = np.logical_and(predicted, target_HW), np.logical_or(predicted, target_HW)
+        found["official"] = np.sum(inter) / (np.sum(union) + 1e-6)
+
+    def separable() -> None:
+        rules = CRIS.upsample, CRIS.restore, CRIS.threshold
+        predicted_WH = cut(logits_1hw[0].cpu().numpy(), maps, PHOTO, PHOTO, *rules)
+        both = np.count_nonzero(predicted_WH & target_WH)
+        found["separable"] = both / (np.count_nonzero(predicted_WH) + np.count_nonzero(target_WH) - both)
+
+    frame = Letterbox(size).frame(*PHOTO)
+
+    def own() -> None:
+        predicted_1HW = restore(logits_1hw, frame) > log_odds(CRIS.threshold)
+        both = int((predicted_1HW & target_1HW).sum())
+        found["own"] = both / int(predicted_1HW.sum() + target_1HW.sum() - both)
+
+    repeats = bench._replace(repeats=20 * bench.repeats)
+    with torch.inference_mode():
+        yield from repeats.compare("-", "post-processing by cris", {"official": official, "separable": separable}, 1)
+        yield from repeats.compare("-", "post-processing, own protocol", {"official": official, "own": own}, 1)
+    print(f"  IoU by cris: {found['official']:.7f} official, {found['separable']:.7f} separable", flush=True)
+
+
+def loading(bench: Bench) -> Iterator[Row]:
+    """One image as ETRIS utils/dataset.py:139-175 reads it, without its mask, and as a trial has it again."""
+    import cv2
+
+    cv2.setNumThreads(torch.get_num_threads())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "photo.jpg"
+        noise = np.random.default_rng(0).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(PHOTO[::-1], Image.Resampling.BICUBIC).save(path, quality=90)
+        size = 416
+        scale = min(size / PHOTO[0], size / PHOTO[1])
+        there = np.array([[scale, 0, 0], [0, scale, (size - scale * PHOTO[0]) / 2]])
+        mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+
+        def official() -> Tensor:
+            image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+            border = [255 * value for value in CLIP_MEAN]
+            image = cv2.warpAffine(image, there, (size, size), flags=cv2.INTER_CUBIC, borderValue=border)
+            tensor = torch.from_numpy(image.transpose((2, 0, 1))).float()
+            return tensor.div_(255.0).sub_(mean).div_(std)
+
+        sample = SimpleNamespace(image_path=path, image=lambda: Image.open(path).convert("RGB"))
+        once, again = Pixels(Letterbox(size), 0), Pixels(Letterbox(size), 1 << 30)
+        repeats = bench._replace(repeats=20 * bench.repeats)
+        runs = {"official": official, "read": lambda: once.images([sample])}
+        yield from repeats.compare("-", "loading", runs, 1)
+        runs = {"official": official, "kept": lambda: again.images([sample])}
+        yield from repeats.compare("-", "loading", runs, 1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="(default: all)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each way (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="on a CPU (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="on a GPU (default: %(default)s)")
@@ -164,26 +359,30 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := sorted({*args.cases} - {*CASES}):
         parser.error(f"there is no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    if args.repeats < 1:
+        parser.error(f"--repeats is {args.repeats}; give at least 1")
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.bfloat16 if device.type == "cuda" and args.precision == "bf16" else None
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {args.threads} threads"
+    bench = Bench(device, autocast, args.repeats, ceiling(device, autocast or torch.float32))
+    print(f"{name}, torch {torch.__version__}: {bench.rate:.0f} GFLOP/s in a large product of matrices", flush=True)
+    of_models = {"forward", "grouped", "train"} & {*args.measures}
+    parts = [measure(bench, label, of_models) for label in args.cases if of_models]
+    parts += [
+        make(bench) for what, make in (("postprocess", postprocessing), ("load", loading)) if what in args.measures
+    ]
     found = []
-    for label in args.cases:
-        model = build(CASES[label], device)
-        flops = {way: gigaflops(model, way, device) for way in ("plain", "fast")}
-        print(f"{label} on {name}: {flops['plain']:.1f} GFLOP an expression, {flops['fast']:.1f} fast", flush=True)
-        for what, ratio in measure(model, args.repeats, device, autocast):
-            row = {"case": label, "what": what, **ratio._asdict()}
-            if device.type == "cuda":
-                row["peak_bytes"] = torch.cuda.max_memory_allocated()
-            found.append(row)
-            print(f"  {what}: {ratio.median:.2f}x [{ratio.least:.2f}-{ratio.most:.2f}]", flush=True)
-        del model
+    for part in parts:
+        for row in part:
+            found.append(row._asdict())
+            spread = f"{row.ratio:.2f}x [{row.least:.2f}-{row.most:.2f}]"
+            print(f"  {row.case}: {row.what}: {row.quick} over {row.slow}: {spread}", flush=True)
     print(tabulate(found, headers="keys", floatfmt=".2f"))
     if args.out:
         record = {"device": name, "torch": torch.__version__, "precision": "fp32" if autocast is None else "bf16"}
-        args.out.write_text(json.dumps({**record, "rows": found}, indent=1), encoding="utf-8")
+        record |= {"ceiling_gflops": bench.rate, "rows": found}
+        args.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def make(model, samples, folder: Path, room: float = 1e9, log=lambda line: None,
 
 def live(model, samples):
     with inference(model):
-        return model.known(Pixels(Letterbox(model.backbone.image_size), 0).images(samples))
+        return model.backbone.image.known(Pixels(Letterbox(model.backbone.image_size), 0).images(samples))
 
 
 def complete(folder: Path) -> list[Path]:
