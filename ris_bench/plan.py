@@ -254,11 +254,17 @@ def _parse(shared: Mapping[str, Any], lines: list[Mapping[str, Any]]) -> Experim
         raise ValueError("a run off the axes")
     if strange := {column.value for column in columns} - {*METRICS, *COUNTS, *COSTS, *axes}:
         raise ValueError(f"a column of {strange.pop()}")
+    found = search.from_record(shared["search"]) if "search" in shared else None
+    if found:
+        own = list(axes) == [search.NUMBER, *(axis.key for axis in found.space)]
+        known = own and all(all(map(axis.has, axes[axis.key])) for axis in found.space)
+        if not (known and all(label.isdecimal() for label in axes[search.NUMBER])):
+            raise ValueError("a run that is not of the search")
     return Experiment(
         **values,
         path=Path(checked(shared["file"], str, "file")),
         table=layout,
         runs=runs,
         plugins=(),
-        search=search.from_record(shared["search"]) if "search" in shared else None,
+        search=found,
     )

@@ -74,6 +74,12 @@ class Axis:
         # More digits would say nothing; the ends may have more.
         return str(min(max(float(f"{number:.10g}" if self.step else f"{number:.4g}"), self.low), self.high))
 
+    def has(self, label: str) -> bool:
+        """Whether a value is called so; ValueError for one that no range can have."""
+        if label == NONE or self.values:
+            return label == NONE or label in self.values
+        return self.low <= type(self.low)(label) <= self.high
+
     @property
     def distribution(self) -> optuna.distributions.BaseDistribution:
         from optuna import distributions
@@ -226,7 +232,7 @@ class Search:
         """How much of being among the best tenth goes back to each key, of 1 in all; out of labels and scores.
 
         Watanabe, Bansal and Hutter, "PED-ANOVA: Efficiently Quantifying Hyperparameter Importance in Arbitrary
-        Subspaces", IJCAI 2023. arXiv:2304.10255. Raises ValueError where there are too few trials.
+        Subspaces", IJCAI 2023. arXiv:2304.10255. Of Optuna before 5, keys that only some trials have are left out.
         """
         with _quiet_optuna() as optuna:
             study = optuna.create_study(direction="maximize")
@@ -438,7 +444,11 @@ def from_record(values: Mapping[str, Any]) -> Search:
     asha = values["asha"] and record(Halving, values["asha"])
     rest = {key: value for key, value in values.items() if key not in ("base", "space", "asha")}
     base = Trial.from_dict(values["base"])
-    return replace(record(Search, {**rest, "base": base, "space": ()}), space=tuple(space), asha=asha)
+    found = replace(record(Search, {**rest, "base": base, "space": ()}), space=tuple(space), asha=asha)
+    for key, allowed, words in _rules(found):
+        if not allowed:
+            raise ValueError(f"search.{key} must be {words}")
+    return found
 
 
 def _first(axis: Axis) -> str:

@@ -417,6 +417,29 @@ def test_files_alone_tell_what_goes_on(experiment, store, capsys):
     assert plan.find(experiment.path, store.root)[0].runs == grown.runs
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda shared: shared["search"]["asha"].update(eta=1),
+        lambda shared: shared["search"].update(parallel=0),
+        lambda shared: shared["search"].update(sampler="x"),
+        lambda shared: shared["search"]["space"][1].update(low="x"),
+        lambda shared: shared["search"]["space"].pop(),
+        lambda shared: shared["search"]["space"][1].update(high=1e-9),
+        lambda shared: shared["axes"].update({NUMBER: ["x"] * 4}),
+        lambda shared: shared["search"].pop("base"),
+    ],
+)
+def test_a_damaged_plan_is_refused(experiment, store, damage):
+    _, place = keep(experiment, store, {})
+    first, *lines = (place / plan.FILE).read_text().splitlines()
+    shared = json.loads(first)
+    damage(shared)
+    (place / plan.FILE).write_text("\n".join([json.dumps(shared), *lines]))
+    with pytest.raises(UserError, match="is no whole plan"):
+        plan.read(place)
+
+
 def test_a_report_needs_no_torch(experiment, store, capsys):
     _, place = keep(experiment, store, run(experiment, store))
     before = (place / "table.md").read_bytes()
@@ -466,7 +489,8 @@ def test_history_and_importances_are_drawn(experiment):
     assert list(best[:, 1]) == sorted(best[:, 1])
     assert best[-1, 1] == 100 * max(score(find(one.trial)) or 0 for one in whole)
     [axes] = made["importances"].figure.axes
-    assert {label.get_text() for label in axes.get_yticklabels()} == {axis.key for axis in experiment.search.space}
+    shown = {label.get_text() for label in axes.get_yticklabels()}
+    assert {"method", "train.lr", "head.etris.dropout"} <= shown <= {axis.key for axis in experiment.search.space}
     shares = [bar.get_width() for bar in axes.patches]
     assert sum(shares) == pytest.approx(1) and shares == sorted(shares)
 

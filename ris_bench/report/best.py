@@ -50,7 +50,9 @@ def text(experiment: Experiment, results: Mapping[str, Result]) -> str | None:
         ],
     }
     # Through JSON: YAML has no tuples.
-    body = yaml.safe_dump(json.loads(json.dumps(document)), sort_keys=False, allow_unicode=True, width=100)
+    body = yaml.safe_dump(
+        json.loads(json.dumps(document)), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None
+    )
     head = (
         f"The best of the search {line(experiment.name)}: trial {labels[NUMBER]}, {measured}.",
         line(values),
