@@ -23,6 +23,7 @@ from ris_bench.data.samples import Sample
 from ris_bench.data.transforms import Frame, Letterbox, restore
 from ris_bench.errors import UserError
 from ris_bench.files import whole
+from ris_bench.parallel import ALONE, Team
 from ris_bench.protocols import RIS_BENCH, Protocol
 from ris_bench.records import Scores
 
@@ -55,6 +56,7 @@ def evaluate(
     threshold: float,
     others: Sequence[float] = (),
     report: Callable[[int, int], None] = lambda done, total: None,
+    team: Team = ALONE,
     **settings: Any,
 ) -> pd.DataFrame:
     """One row per expression, in the order of the samples: which it is, its `COUNTS`, and what is `BESIDE` it.
@@ -64,6 +66,7 @@ def evaluate(
         threshold: a pixel belongs to the mask where its probability is greater.
         others: of THRESHOLDS, for each of which intersection and union are counted too.
         report: called with the number of expressions done and their total as the work goes on.
+        team: of processes that share the expressions; each of them gets all rows.
         settings: those of `logits`.
 
     Raises FloatingPointError, naming the expression, where a logit is not finite; UserError for a bad image.
@@ -73,7 +76,7 @@ def evaluate(
     beside = {}
     done = 0
     with inference(model):
-        for index, map_BHW in maps(model, samples, **settings):
+        for index, map_BHW in maps(model, samples, team=team, **settings):
             shown = [samples[i] for i in index]
             predicted_BHW, target_BHW = map_BHW > log_odds(threshold), _targets(shown, map_BHW.device)
             counts_N4[index] = _count(predicted_BHW, target_BHW)
@@ -81,6 +84,8 @@ def evaluate(
                 swept_NT2[index] = _sweep(map_BHW, target_BHW, others)
             beside.update(zip(index, _beside(predicted_BHW, shown), strict=True))
             report(done := done + len(index), len(samples))
+    team.sum(counts_N4, swept_NT2)
+    beside = {i: row for own in team.gather(beside) for i, row in own.items()}
     columns = {column: [getattr(sample, column) for sample in samples] for column in _IDENTITY}
     columns |= dict(zip(COUNTS, counts_N4.T.cpu().numpy(), strict=True))
     for one, swept_2N in zip(others, swept_NT2.permute(1, 2, 0).cpu().numpy(), strict=True):
@@ -161,14 +166,15 @@ def logits(
     device: torch.device,
     autocast: torch.dtype | None = None,
     num_workers: int = 0,
+    team: Team = ALONE,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Positions of samples, and the logits (B, h, w) that the model gives for them, on `device`; within `inference`.
 
-    `autocast` is the arithmetic of the model; None is that of its weights.
+    `autocast` is the arithmetic of the model; None is that of its weights. A process of a team gives its share only.
 
     Raises FloatingPointError, naming the expression, where a logit is not finite; UserError for a bad image.
     """
-    for batch in expression_batches(samples, tokenizer, model.backbone.image_size, batch_size, num_workers):
+    for batch in expression_batches(samples, tokenizer, model.backbone.image_size, batch_size, num_workers, team):
         index = batch.index_B.tolist()
         logits_BHW = forward(model, batch.image_U3HW, batch.row_B, batch.tokens_BL, device, autocast)
         for position, finite in zip(index, logits_BHW.isfinite().flatten(1).all(1).tolist(), strict=True):

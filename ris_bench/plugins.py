@@ -21,9 +21,6 @@ from ris_bench.methods.base import METHODS
 
 REGISTRIES = (DATASETS, BACKBONES, METHODS, HEADS)
 
-LOADED: dict[str, str] = {}
-"""sha256 of the plug-ins that this process has, by name."""
-
 
 @dataclass(frozen=True)
 class Plugin:
@@ -38,7 +35,7 @@ class Plugin:
 
     def load(self) -> None:
         """Run the code, once a process. UserError where it fails, registers nothing, or is another than was found."""
-        if LOADED.get(self.name) == self.sha256:
+        if LOADED.get(self.name) == self:
             return
         if self.name in LOADED or (self.source is None and _digest(_files(self.name)) != self.sha256):
             raise UserError(f"plug-in {self.name!r} is not what it was when the experiment was read: start again")
@@ -54,7 +51,7 @@ class Plugin:
                 f"plug-in {self.name!r} registers nothing that was not there before: decorate a {kinds}, as in "
                 "@METHODS('my-method')"
             )
-        LOADED[self.name] = self.sha256
+        LOADED[self.name] = self
 
     def roots(self) -> list[Path]:
         """Where the top-level package of a module lies, or its file; nothing for a plug-in that travels with this."""
@@ -71,6 +68,10 @@ class Plugin:
         module.__file__ = self.name
         sys.modules[module.__name__] = module  # dataclasses look their module up
         exec(compile(self.source, self.name, "exec", dont_inherit=True), module.__dict__)
+
+
+LOADED: dict[str, Plugin] = {}
+"""Those that this process has, by name."""
 
 
 def find(name: str, folder: Path) -> Plugin:

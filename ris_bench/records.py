@@ -141,7 +141,7 @@ class Cost:
     eval_seconds: float
     train_images_per_second: float
     peak_memory_bytes: int
-    """Peak device memory on a GPU, peak resident memory of the process on a CPU."""
+    """Peak device memory on a GPU, peak resident memory of the process on a CPU: of the process that needs most."""
     tuned_bytes: int
     """Size of the saved tuned tensors."""
     device: str

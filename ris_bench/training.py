@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ris_bench.data.loading import Batch, ReferentBatches
+from ris_bench.data.samples import draw
 from ris_bench.model import RISModel
+from ris_bench.parallel import ALONE, MemoryElsewhereError, Team, batch_norms
 from ris_bench.records import Epoch, Training
 
 
@@ -51,8 +54,13 @@ class Loop:
     the same to the last bit in a loop that has loaded it.
     """
 
-    def __init__(self, model: RISModel, training: Training, device: torch.device) -> None:
-        self.model, self.training, self.device = model, training, device
+    def __init__(
+        self, model: RISModel, training: Training, device: torch.device, team: Team = ALONE, seed: int = 0
+    ) -> None:
+        """The processes of a team take every step together, each with its share of the batch. From `seed` all but the
+        leader, whose state is that of the team, draw for each step anew."""
+        self.model, self.training, self.device, self.team, self.seed = model, training, device, team, seed
+        team.careful = training.out_of_memory == "split"
         self.tuned = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Fused, a step passes once over what it changes, where a sum at a time takes a dozen passes.
         self.optimizer = torch.optim.Adam(self.tuned.values(), lr=training.lr, fused=True)
@@ -108,8 +116,11 @@ class Loop:
     def step(self, batch: Batch) -> float:
         """One step of the optimizer; gives the loss, and takes the step only where that is finite.
 
-        Where memory runs out, and the training allows it, it begins again with smaller micro-batches.
+        Where memory runs out, and the training allows it, it begins again with smaller micro-batches: in all processes.
         """
+        if not self.team.leads:
+            for generator in self._generators.values():
+                generator.manual_seed(draw("dropout", self.seed, self.team.rank, self.epoch, self.batch))
         splits = self.training.out_of_memory == "split"
         while True:
             # What a part that did fit has changed already.
@@ -121,8 +132,10 @@ class Loop:
                 break
             except (RuntimeError, MemoryError) as error:
                 # BatchNorm in the head needs two samples in each part.
-                if not (splits and out_of_memory(error) and 2 * self.parts <= len(batch.index_B) // 2):
+                if not (splits and out_of_memory(error) and 2 * self.parts <= batch.size // 2):
                     raise
+                if not isinstance(error, MemoryElsewhereError):
+                    self.team.all_fit(False)
             self.parts *= 2
             self.optimizer.zero_grad()
             for kind, state in random.items():
@@ -138,26 +151,29 @@ class Loop:
         return loss
 
     def _gradients(self, batch: Batch) -> float:
-        """Add those of a batch, and give its loss."""
-        device, dtype, size = self.device, self.dtype, len(batch.index_B)
+        """Add those of a batch, and give its loss: of all its rows, whichever process has them."""
+        device, dtype, size = self.device, self.dtype, batch.size
         parts = min(self.parts, max(1, size // 2))
         loss = 0.0
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             known = self.model.known(batch.image_U3HW.to(device, non_blocking=True))
-        for row, tokens, mask in zip(
-            *(
-                t.to(device, non_blocking=True).tensor_split(parts)
-                for t in (batch.row_B, batch.tokens_BL, batch.mask_B1HW)
-            ),
-            strict=True,
-        ):
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                logits = self.model(known[row], tokens)
-            part = segmentation_loss(logits, mask, self.training.dice)
-            part = part * (len(row) / size)
-            self.scaler.scale(part).backward()
-            loss += part.item()
-        return loss
+        here = (t.to(device, non_blocking=True) for t in (batch.row_B, batch.tokens_BL, batch.mask_B1HW))
+        row_B, tokens_BL, mask_B1HW = here
+        own = self.team.share(range(size))
+        for part in torch.arange(size).tensor_split(parts):
+            start, stop = bisect_left(own, part[0]), bisect_right(own, part[-1])
+            number = stop - start
+            rows = slice(start, stop) if number else slice(0, 1)
+            with batch_norms(self.team, present=number > 0):
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    logits = self.model(known[row_B[rows]], tokens_BL[rows])
+                weighted = segmentation_loss(logits, mask_B1HW[rows], self.training.dice) * (number / size)
+                self.scaler.scale(weighted).backward()
+            loss += weighted.item()
+        self.team.sum(*(p.grad for p in self.tuned.values() if p.grad is not None))
+        total = torch.tensor(loss, dtype=torch.float64)
+        self.team.sum(total)
+        return total.item()
 
     @property
     def _generators(self) -> dict[str, torch.Generator]:
@@ -201,7 +217,7 @@ def train(loop: Loop, batches: ReferentBatches, on_step: Callable[[float], None]
             group["lr"] = rate
         loop.model.train()
         for batch in batches.epoch(loop.epoch, loop.batch):
-            loss, size = loop.step(batch), len(batch.index_B)
+            loss, size = loop.step(batch), batch.size
             if not math.isfinite(loss):
                 place = f"epoch {loop.epoch + 1}, batch {loop.batch + 1} of {len(batches)}"
                 raise FloatingPointError(f"the loss is {loss} at {place}")

@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 from torch import Tensor
 
-from ris_bench import __version__, cache, checkpoints, evaluation, plugins
+from ris_bench import __version__, cache, checkpoints, evaluation, parallel, plugins
 from ris_bench.backbones.weights import Weights
 from ris_bench.data.audit import separate
 from ris_bench.data.dataset import DATASETS
@@ -33,6 +33,7 @@ from ris_bench.data.samples import Sample, shuffled
 from ris_bench.data.transforms import Letterbox
 from ris_bench.features import FrozenFeatures, Room, frozen_features
 from ris_bench.model import RISModel, build
+from ris_bench.parallel import ALONE, Team
 from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial, plain
 from ris_bench.results import CHECKPOINTS
 from ris_bench.speed import Speed, choose
@@ -55,6 +56,8 @@ class Places(NamedTuple):
     checkpoint_seconds: float = 0
     """How much of a training may be lost if its process dies; 0 writes no checkpoints."""
     speed: Speed = "fast"
+    processes: int = 1
+    """How many share the work of a trial, each with a GPU of its own or, without GPUs, a core (see `parallel`)."""
 
 
 class Progress(NamedTuple):
@@ -82,11 +85,14 @@ def run_trial(trial: Trial, folder: Path, places: Places, report: Callable[[Prog
 
     Whatever goes wrong inside ends in a result with status "failed"; the traceback is in log.txt. `folder` exists.
     Where it has checkpoints/, of an attempt that was cut off, the trial goes on from there and ends as if it had not
-    been: on a CPU to the last bit. They are left there. A KeyboardInterrupt that `report` raises saves one more.
+    been: on a CPU to the last bit. They are left there. A KeyboardInterrupt that `report` raises saves one more. Where
+    it goes on, the number of processes may be another.
     """
     run = _Run(trial, folder, places, report)
     try:
-        run.execute()
+        loaded = tuple(plugins.LOADED.values())
+        with parallel.team(places.processes, _follow, trial, folder, places, loaded) as run.team:
+            run.execute()
         status, error = "done", None
     except Exception as failure:
         run.log(traceback.format_exc())
@@ -102,12 +108,24 @@ def run_trial(trial: Trial, folder: Path, places: Places, report: Callable[[Prog
     return run.result(status, error)
 
 
-class _Run:
-    """One execution of a trial, with what is known so far, which is what a failed result holds too."""
+def _follow(team: Team, trial: Trial, folder: Path, places: Places, loaded: tuple[plugins.Plugin, ...]) -> None:
+    """What the other processes of a trial do."""
+    for plugin in loaded:
+        plugin.load()
+    _Run(trial, folder, places, lambda progress: None, team).execute()
 
-    def __init__(self, trial: Trial, folder: Path, places: Places, report: Callable[[Progress], None]) -> None:
-        self.trial, self.folder, self.report = trial, folder, report
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+class _Run:
+    """One execution of a trial, with what is known so far, which is what a failed result holds too.
+
+    In every process of a team it is the same, but that only the leader's reports, reads checkpoints and writes.
+    """
+
+    def __init__(
+        self, trial: Trial, folder: Path, places: Places, report: Callable[[Progress], None], team: Team = ALONE
+    ) -> None:
+        self.trial, self.folder, self.report, self.team = trial, folder, report, team
+        self.device = torch.device(f"cuda:{team.rank}" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             # One thread each: sums come out in one order whichever executor runs the trial, and trials share the cores.
             torch.set_num_threads(1)
@@ -133,6 +151,8 @@ class _Run:
         self.loop: Loop | None = None
 
     def log(self, line: str) -> None:
+        if not self.team.leads:
+            return
         with suppress(OSError), open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S} {line}\n")
 
@@ -144,7 +164,7 @@ class _Run:
         model = build(trial, self.weights).to(self.device)
         choose(model, self.places.speed)
         self.params = model.count()
-        self.log(f"{trial.id} on {device_name(self.device)}: {self.params}")
+        self.log(f"{trial.id} on {self.device_name}: {self.params}")
         self.tokenizer = Tokenizer(dataset.word_len, model.backbone.vocab_size)
         samples = {split: self.read(dataset, split) for split in trial.eval.splits or dataset.eval_splits}
         validation = samples.get(trial.eval.select_on) or self.read(dataset, trial.eval.select_on)
@@ -161,15 +181,16 @@ class _Run:
             trial.seed,
             self.loading_processes,
             self.features(model, learnt),
+            self.team,
         )
         self.steps = len(batches) * training.epochs
         sizes = ", ".join(f"{len(expressions)} expressions in {split}" for split, expressions in samples.items())
         self.log(f"{batches.num_referents} referents, {self.steps} steps; {sizes}")
 
         torch.manual_seed(trial.seed)
-        self.loop = Loop(model, training, self.device)
+        self.loop = Loop(model, training, self.device, self.team, trial.seed)
         if self.places.checkpoint_seconds:
-            self.checkpoints.restore(self.take_up, self.log)
+            self.resume()
         self.saved = time.monotonic()
         self.draw(self.history)
         self.lap()
@@ -193,7 +214,8 @@ class _Run:
             if self.is_outdone():
                 break
         model.set_tuned(self.best, "the selected checkpoint")
-        model.save_tuned(self.folder / "tuned.safetensors")
+        if self.team.leads:
+            model.save_tuned(self.folder / "tuned.safetensors")
 
         for split, expressions in samples.items():
             if split not in self.frames:
@@ -201,6 +223,9 @@ class _Run:
                 self.save()
             self.scores[split] = evaluation.scores(self.frames[split])
             self.log(f"{split}: {self.scores[split]}")
+        self.peak_memory_bytes = max(self.team.gather(self.peak()))
+        if not self.team.leads:
+            return
         evaluation.write({split: self.frames[split] for split in samples}, self.folder / "expressions.parquet")
         evaluation.overlays(model, validation, self.folder / "overlays", **self.settings)
         self.cost = self.measure(batches.num_referents * len(self.history))
@@ -215,6 +240,8 @@ class _Run:
 
     def draw(self, epochs: list[Epoch]) -> None:
         """Continue the learning curves."""
+        if not self.team.leads:
+            return
         names = {"loss": "train/loss", "lr": "train/lr", "miou": "mIoU", "oiou": "oIoU"}
         with suppress(OSError):  # pictures of a training are no reason to end it
             for epoch in epochs:
@@ -243,7 +270,7 @@ class _Run:
 
     def save(self) -> None:
         """All that the rest of the trial depends on: nothing that is frozen and comes from a file is among it."""
-        if self.loop is None or not self.places.checkpoint_seconds:
+        if self.loop is None or not self.places.checkpoint_seconds or not self.team.leads:
             return
         self.saved = time.monotonic()
         state = self.loop.state_dict()
@@ -257,6 +284,21 @@ class _Run:
         except OSError as error:
             self.log(f"no checkpoint could be written, training goes on without ({error})")
         self.lap()  # what was written is no part of the training
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint, if there is one: from the same in all processes."""
+        taken: Mapping[str, Any] | None = None
+
+        def take_up(state: Mapping[str, Any]) -> None:
+            nonlocal taken
+            self.take_up(state)
+            taken = state
+
+        if self.team.leads:
+            self.checkpoints.restore(take_up, self.log)
+        taken = self.team.told(taken)
+        if taken and not self.team.leads:
+            self.take_up(taken)
 
     def take_up(self, state: Mapping[str, Any]) -> None:
         """Go on from what was saved. Raises an error, and changes nothing, where it does not fit."""
@@ -274,7 +316,7 @@ class _Run:
         (self.train_seconds, self.eval_seconds), self.peak_memory_bytes = seconds, peak
 
     def features(self, model: RISModel, samples: list[Sample]) -> FrozenFeatures | None:
-        with evaluation.inference(model):
+        with self.team.leader_first(), evaluation.inference(model):
             return frozen_features(
                 model.backbone.image,
                 samples,
@@ -294,6 +336,13 @@ class _Run:
     @property
     def loading_processes(self) -> int:
         return 0 if self.device.type == "cpu" else LOADING_PROCESSES
+
+    @property
+    def device_name(self) -> str:
+        """As people call it: "NVIDIA H100", or the processor's architecture; "2 x NVIDIA H100"."""
+        on_gpu = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if on_gpu else f"CPU ({platform.machine()}), 1 thread"
+        return name if self.team.size == 1 else f"{self.team.size} x {name}"
 
     @property
     def precision(self) -> str:
@@ -318,6 +367,7 @@ class _Run:
             samples,
             **self.settings,
             others=evaluation.THRESHOLDS,
+            team=self.team,
             num_workers=self.loading_processes,
             report=lambda done, total: self.tell(f"evaluate {split}"),
         )
@@ -390,7 +440,7 @@ class _Run:
             train_images_per_second=images / self.train_seconds,
             peak_memory_bytes=self.peak(),
             tuned_bytes=(self.folder / "tuned.safetensors").stat().st_size,
-            device=device_name(self.device),
+            device=self.device_name,
             micro_batches=self.loop.parts,
         )
 
@@ -417,11 +467,6 @@ def _unpacked(packed: Tensor) -> pd.DataFrame:
     return pd.read_parquet(io.BytesIO(packed.numpy().tobytes()))
 
 
-def device_name(device: torch.device) -> str:
-    """As people call it: "NVIDIA H100", or the processor's architecture."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()}), 1 thread"
-
-
 def provenance(started: datetime, weights: dict[str, str], precision: str) -> Provenance:
     """Which code and packages are at work; the commit is None outside a checkout of the project."""
     commit, dirty = checkout()
@@ -432,7 +477,7 @@ def provenance(started: datetime, weights: dict[str, str], precision: str) -> Pr
         weights=weights,
         precision=precision,
         started=started.isoformat(timespec="seconds"),
-        plugins=dict(plugins.LOADED),
+        plugins={name: plugin.sha256 for name, plugin in plugins.LOADED.items()},
     )
 
 

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ris_bench"
 FLOORS = [
     ("errors", "files", "cache", "records", "registry", "located", "published", "results", "remote"),
-    ("data", "metrics", "protocols", "predictions", "resampling", "scoring"),
+    ("parallel", "data", "metrics", "protocols", "predictions", "resampling", "scoring"),
     ("speed", "backbones"),
     ("methods",),
     ("head",),

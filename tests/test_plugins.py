@@ -95,7 +95,7 @@ def test_the_method_of_the_readme_is_a_plug_in(path, monkeypatch, capsys):
     assert f"{TUNED:,}" in capsys.readouterr().out
     [frozen, bitfit] = load(path).trials()
     store = Store(path.parent / "results")
-    digest = plugins.LOADED["bias.py"]
+    digest = plugins.LOADED["bias.py"].sha256
     assert store.read(bitfit).trial.method.code == digest == store.read(bitfit).provenance.plugins["bias.py"]
     assert store.read(frozen).trial.method.code is None
     assert count_parameters(bitfit).tunable_backbone == TUNED

@@ -30,7 +30,7 @@ class Batches:
             image = torch.randn(size, 3, 8, 8, generator=generator)
             mask = (image[:, :1] > 0).float()
             rows = torch.arange(size)
-            self.batches.append(Batch(image, rows, torch.ones(size, 4, dtype=torch.long), mask, rows))
+            self.batches.append(Batch(image, rows, torch.ones(size, 4, dtype=torch.long), mask, rows, size))
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from ris_bench.data.samples import Sample, draw, draw_keys, referents
 from ris_bench.data.transforms import Letterbox, normalise
 from ris_bench.errors import UserError
+from ris_bench.parallel import ALONE, Team
 
 CACHE_BYTES = 2**30
 """Pixels that a training set may keep in memory: enough for one of small images, a part of a large one."""
@@ -32,6 +33,9 @@ class Batch(NamedTuple):
     """float32 in [0, 1] at the size of the input. None in evaluation, which measures on `Sample.mask()`."""
     index_B: Tensor
     """int64, positions in the list of samples."""
+    size: int
+    """Rows of the whole batch: where several processes share it, these are every so-manyth of them, as `Team.share` has
+    it, or where there is none for this process its first row, which stands in."""
 
 
 class Tokenizer:
@@ -73,15 +77,19 @@ class ReferentBatches:
         seed: int,
         num_workers: int = 0,
         known: Callable[[Sequence[Sample]], Any] | None = None,
+        team: Team = ALONE,
     ) -> None:
-        """`known` gives what stands in the place of the samples' images, which are then not read."""
+        """`known` gives what stands in the place of the samples' images, which are then not read.
+
+        Each process of the team has its share of every batch.
+        """
         self._referents, self._keys = referents(samples), draw_keys(samples)
         if self.num_referents < 2:
             raise UserError(f"training needs at least 2 referents and has {self.num_referents}; use another split")
         self._samples, self._batch_size, self._seed, self._num_workers = samples, batch_size, seed, num_workers
         # A worker's memory is its own and ends with the epoch: it would fill a cache for nothing.
         self._pixels = Pixels(Letterbox(image_size), 0 if num_workers else CACHE_BYTES)
-        self._images = known or self._pixels.images
+        self._images, self._team = known or self._pixels.images, team
         self._tokens_NL = tokenizer([sample.expression for sample in samples])
 
     @property
@@ -95,7 +103,8 @@ class ReferentBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from the one with index `start`."""
         plan = self._plan(epoch)[start:]
-        return _load(_Batches(self._samples, self._tokens_NL, self._images, plan, self._pixels.mask), self._num_workers)
+        batches = _Batches(self._samples, self._tokens_NL, self._images, plan, self._pixels.mask, self._team)
+        return _load(batches, self._num_workers)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         chosen = []
@@ -113,16 +122,24 @@ class ReferentBatches:
 
 
 def expression_batches(
-    samples: Sequence[Sample], tokenizer: Tokenizer, image_size: int, batch_size: int, num_workers: int = 0
+    samples: Sequence[Sample],
+    tokenizer: Tokenizer,
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    team: Team = ALONE,
 ) -> Iterator[Batch]:
-    """Evaluation batches: every sample once, without mask; the expressions of an image one after another."""
+    """Evaluation batches: every sample once, without mask; the expressions of an image one after another.
+
+    Each process of the team has some of the batches, and these are what they would be for one.
+    """
     images: dict[Path, list[int]] = {}
     for position, sample in enumerate(samples):
         images.setdefault(sample.image_path, []).append(position)
     plan = _cut([position for positions in images.values() for position in positions], batch_size)
     tokens_NL = tokenizer([sample.expression for sample in samples])
     pixels = Pixels(Letterbox(image_size), 0)
-    return _load(_Batches(samples, tokens_NL, pixels.images, plan), num_workers)
+    return _load(_Batches(samples, tokens_NL, pixels.images, team.share(plan)), num_workers)
 
 
 class Pixels:
@@ -162,15 +179,19 @@ class _Batches(torch.utils.data.Dataset):
         images: Callable[[Sequence[Sample]], Any],
         plan: list[list[int]],
         mask: Callable[[Sample], Tensor] | None = None,
+        team: Team = ALONE,
     ) -> None:
         self._samples, self._tokens_NL, self._images, self._plan, self._mask = samples, tokens_NL, images, plan, mask
+        self._team = team
 
     def __len__(self) -> int:
         return len(self._plan)
 
     def __getitem__(self, number: int) -> Batch | UserError:
-        index_B = torch.tensor(self._plan[number])
-        samples = [self._samples[i] for i in self._plan[number]]
+        whole = self._plan[number]
+        own = self._team.share(whole) or whole[:1]
+        index_B = torch.tensor(own)
+        samples = [self._samples[i] for i in own]
         first = {sample.image_path: sample for sample in reversed(samples)}
         row = {path: row for row, path in enumerate(first)}
         try:
@@ -181,7 +202,7 @@ class _Batches(torch.utils.data.Dataset):
         except UserError as error:
             return error
         row_B = torch.tensor([row[sample.image_path] for sample in samples])
-        return Batch(image_U3HW, row_B, self._tokens_NL[index_B], mask_B1HW, index_B)
+        return Batch(image_U3HW, row_B, self._tokens_NL[index_B], mask_B1HW, index_B, len(whole))
 
 
 def _cut(order: list[int], batch_size: int) -> list[list[int]]:
