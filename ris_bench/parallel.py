@@ -192,12 +192,12 @@ class _Normalised(torch.autograd.Function):
         var_C, mean_C = torch.var_mean(wide, over, correction=0)
         number_1 = mean_C.new_full((1,), norms.present * x.numel() / x.shape[1])
         # Means and variances, whose sums do not cancel as those of squares do.
-        mean_RC, var_RC, number_R1 = norms.team.stack(torch.cat([mean_C, var_C, number_1])).split(
-            [len(mean_C), len(mean_C), 1], dim=1
-        )
+        own = torch.cat([mean_C, var_C, number_1]).double()
+        mean_RC, var_RC, number_R1 = norms.team.stack(own).split([len(mean_C), len(mean_C), 1], dim=1)
         total = number_R1.sum()
         mean_C = (number_R1 * mean_RC).sum(0) / total
         var_C = (number_R1 * (var_RC + (mean_RC - mean_C).square())).sum(0) / total
+        mean_C, var_C, total = (each.to(wide.dtype) for each in (mean_C, var_C, total))
         ctx.save_for_backward(x, weight_C, mean_C, (var_C + eps).rsqrt(), total)
         ctx.norms = norms
         ctx.mark_non_differentiable(mean_C, var_C, total)
@@ -254,8 +254,8 @@ def team(size: int, work: Callable[..., None], *args: Any) -> Iterator[Team]:
             yield Team(0, size)
             dist.destroy_process_group()
             others.join()
-        except RuntimeError as error:
-            others.explain(error)
+        except RuntimeError:
+            others.explain(LAST_WORDS_SECONDS)
             raise
         finally:
             others.end()
@@ -311,12 +311,12 @@ class _Others:
     def join(self) -> None:
         """Wait until they are done, which they are soon."""
         self._listener.join()
-        self.explain(None)
+        self.explain(0)
 
-    def explain(self, error: RuntimeError | None) -> None:
-        """Raise what one of them has raised, if that is what has led to the error."""
+    def explain(self, seconds: float) -> None:
+        """Raise what one of them has raised, or raises within so many seconds."""
         with suppress(queue.Empty):
-            raise self._errors.get(timeout=LAST_WORDS_SECONDS if error else 0) from error
+            raise self._errors.get(timeout=seconds)
 
     def end(self) -> None:
         self._ends = True

@@ -375,9 +375,11 @@ def through_ray(
     plugins: Iterable[Plugin] = (),
     max_concurrent: int | None = None,
     gpus_per_trial: float | None = None,
+    processes: int = 1,
     patience: float = 0,
 ) -> Iterator[Execute]:
-    """Trials side by side: each takes one CPU and `gpus_per_trial` GPUs (None: one, where the cluster has any).
+    """Trials side by side: each takes one CPU for each of its `processes` and `gpus_per_trial` GPUs of one node (None:
+    one for each of its processes, where the cluster has any).
 
     The process of a trial that tells nothing for `patience` seconds is ended, as if it had died; 0 waits for ever. Who
     stops the sweep lets the step that is running in each trial end.
@@ -400,14 +402,16 @@ def through_ray(
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are ours to tell
         gpus = gpus_per_trial
         if gpus is None:
-            gpus = 1.0 if ray.cluster_resources().get("GPU") else 0.0
+            gpus = float(processes) if ray.cluster_resources().get("GPU") else 0.0
+        share = {"cpu": processes, "gpu": gpus}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(node.get("CPU", 0) >= 1 and node.get("GPU", 0) >= gpus for node in nodes):
+        if not any(node.get("CPU", 0) >= processes and node.get("GPU", 0) >= gpus for node in nodes):
             # Ray would wait for such a node for ever.
             there = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+            cpus = "1 CPU" if processes == 1 else f"{processes} CPUs"
             raise UserError(
-                f"a trial asks for 1 CPU and {gpus:g} GPUs, which no node has (there is: {there}); "
-                "lower --gpus-per-trial or add a node"
+                f"a trial asks for {cpus} and {gpus:g} GPUs, which no node has (there is: {there}); "
+                "lower --gpus-per-trial or --processes-per-trial, or add a node"
             )
 
         def execute(trials: list[Trial], job: Job, watcher: Watcher) -> None:
@@ -415,7 +419,9 @@ def through_ray(
                 job = replace(job, driver=Driver.here())
             # Tune's own state is no truth of ours, and only its checkpoints, of which there are none, come from nodes.
             with tempfile.TemporaryDirectory(prefix="ris-bench-") as folder:
-                _tune(trials, job, watcher, folder=folder, gpus=gpus, max_concurrent=max_concurrent, patience=patience)
+                _tune(
+                    trials, job, watcher, folder=folder, share=share, max_concurrent=max_concurrent, patience=patience
+                )
 
         yield execute
 
@@ -489,7 +495,7 @@ def _tune(
     watcher: Watcher,
     *,
     folder: str,
-    gpus: float,
+    share: Mapping[str, float],
     max_concurrent: int | None,
     patience: float,
 ) -> None:
@@ -502,7 +508,7 @@ def _tune(
     stop = f"ris-bench.stop.{secrets.token_hex(8)}"  # kept by the head of the cluster: who asks it pays nothing
 
     def trainable(config: dict[str, Any]) -> None:
-        if not gpus:  # a process that was given no GPU would see them all
+        if not share["gpu"]:  # a process that was given no GPU would see them all
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         trial = trials_by_id[config["trial"]]
 
@@ -555,11 +561,11 @@ def _tune(
             watcher.finished(job.lost(ours, reason, str(error or "")))
 
     tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": 1, "gpu": gpus}),
+        tune.with_resources(trainable, dict(share)),  # in one bundle, and so on one node
         param_space={"trial": tune.grid_search(list(trials_by_id))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=max_concurrent,
-            reuse_actors=not gpus,  # a process that used a GPU keeps memory and settings of it
+            reuse_actors=not share["gpu"],  # a process that used a GPU keeps memory and settings of it
             trial_dirname_creator=lambda trial: trial.config["trial"],
         ),
         run_config=tune.RunConfig(

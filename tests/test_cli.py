@@ -125,7 +125,7 @@ def test_without_ray_the_way_out_is_named(bench, monkeypatch, tmp_path):
         ["--json"],
         ["--max-concurrent", "2"],
         ["--address", "auto"],
-        ["--gpus-per-trial", "2"],
+        ["--gpus-per-trial", "1.5"],
         ["--executor", "threads"],
         ["--frobnicate"],
     ],
@@ -134,6 +134,13 @@ def test_bad_flags_exit_2(bench, arguments):
     with pytest.raises(SystemExit) as caught:
         bench(*arguments)
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize("shares", [("2", "3"), ("0.5", "2")])
+def test_each_process_has_one_gpu_or_none(bench, shares, capsys):
+    with pytest.raises(SystemExit):
+        bench("--gpus-per-trial", shares[0], "--processes-per-trial", shares[1], executor="ray")
+    assert "one GPU or none" in capsys.readouterr().err
 
 
 def test_dry_run_lists_trials_without_data_and_leaves_nothing(bench, tmp_path):

@@ -93,13 +93,21 @@ def add(verbs: Any) -> None:
         default="ray",
         help="through Ray Tune (default), or one after another in this process",
     )
+    run.add_argument(
+        "--processes-per-trial",
+        type=count,
+        metavar="N",
+        help="that share the work of a trial, each with a GPU of its own or, without GPUs, a core; numbers change by "
+        "rounding, and with what dropout draws (default: 1)",
+    )
     ray = run.add_argument_group("with Ray")
     ray.add_argument("--max-concurrent", type=count, metavar="N", help="trials at a time (default: as many as fit)")
     ray.add_argument(
         "--gpus-per-trial",
         type=_share,
         metavar="F",
-        help="0 to 1: 0.5 puts two trials on a GPU, 0 all on CPUs (default: 1 where there is a GPU)",
+        help="0.5 puts two trials on a GPU, 0 all on CPUs, 2 gives a trial two processes with a GPU each (default: one "
+        "for each process, where there are GPUs)",
     )
     ray.add_argument(
         "--patience-minutes",
@@ -127,6 +135,13 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             "--max-concurrent, --gpus-per-trial, --patience-minutes and --address say something to Ray: not with "
             "--executor local"
         )
+    gpus = args.gpus_per_trial or 0
+    processes = args.processes_per_trial or max(1, int(gpus))
+    if gpus and processes != max(1, gpus):
+        parser.error(
+            f"--gpus-per-trial {gpus:g} with --processes-per-trial {processes}: each process has one GPU or none"
+        )
+    ray_options["processes"] = processes
     ray_options["patience"] = 3600 if args.patience_minutes is None else 60 * args.patience_minutes
     if args.json and not args.dry_run:
         parser.error("--json goes with --dry-run")
@@ -157,6 +172,7 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         feature_bytes=int(args.feature_cache * 1e9),
         checkpoint_seconds=60 * args.checkpoint_minutes,
         speed=args.speed,
+        processes=processes,
     )
     ray_options["plugins"] = experiment.plugins
     executor = sweep.in_process() if args.executor == "local" else sweep.through_ray(**ray_options)
@@ -216,9 +232,9 @@ def _print_trials(trials: list[Trial], waiting: int, experiment: Experiment, *, 
 
 
 def _share(text: str) -> float:
-    # A trial computes on one device, so that more would idle.
-    if not 0 <= (number := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    # A process computes on one device, so that more would idle.
+    if not (0 <= (number := float(text)) <= 1 or (number > 1 and number.is_integer())):
+        raise argparse.ArgumentTypeError(f"{text} is neither from 0 to 1 nor a whole number")
     return number
 
 
