@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, redire
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ris_bench.errors import UserError
@@ -232,6 +232,27 @@ def count_parameters(trials: list[Trial]) -> dict[str, Params]:
     return {trial_id: counts[model] for trial_id, model in models.items()}
 
 
+def largest_first(trials: list[Trial]) -> list[Trial]:
+    """The trials that are expected to take longest come first, so that no machine waits in the end for one that began
+    late; those that are expected to take as long stay as they are.
+
+    What is expected is the work of a step, by all that computes and all that is tuned at every pixel, times the epochs.
+    The size of the data, which the trial's own machine has, is not known here.
+    """
+    scalars: dict[str, int] = {}
+
+    def work(trial: Trial) -> float:
+        model, side = repr((trial.backbone, trial.method, trial.head)), trial.backbone.options.get("image_size")
+        if model not in scalars:
+            scalars[model] = 0
+            with suppress(UserError):  # an impossible model fails at once
+                counted = count_parameters([trial])[trial.id]
+                scalars[model] = counted.total + counted.tunable
+        return trial.train.epochs * scalars[model] * (side**2 if isinstance(side, int) else 1)
+
+    return sorted(trials, key=work, reverse=True)
+
+
 @dataclass(frozen=True)
 class _Keeper:
     """Adds each result to what is known, and writes the tables anew: a sweep that is cut off leaves one."""
@@ -376,6 +397,7 @@ def through_ray(
     max_concurrent: int | None = None,
     gpus_per_trial: float | None = None,
     processes: int = 1,
+    memory_gb: Mapping[str, float] = MappingProxyType({}),
     patience: float = 0,
 ) -> Iterator[Execute]:
     """Trials side by side: each takes one CPU for each of its `processes` and `gpus_per_trial` GPUs of one node (None:
@@ -385,8 +407,12 @@ def through_ray(
     stops the sweep lets the step that is running in each trial end.
 
     `address` is "host:port" of a running cluster, or "auto" for the one of this machine; None starts Ray on this
-    machine alone. A cluster is sent this package, and the `plugins` that are modules. Raises UserError for a cluster
-    that does not answer, and for a request that no node can satisfy.
+    machine alone. A cluster is sent this package, and the `plugins` that are modules.
+
+    `memory_gb` says what the trials of a backbone are expected to take of a node's memory, with "" those of all
+    that are not named: Ray puts no more of them on a node than it has room for, and enforces nothing.
+
+    Raises UserError for a cluster that does not answer, and for a request that no node can satisfy.
     """
     os.environ.update(RAY_SETTINGS)
     try:
@@ -405,13 +431,21 @@ def through_ray(
             gpus = float(processes) if ray.cluster_resources().get("GPU") else 0.0
         share = {"cpu": processes, "gpu": gpus}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if not any(node.get("CPU", 0) >= processes and node.get("GPU", 0) >= gpus for node in nodes):
+        most = max(memory_gb.values(), default=0)
+        wanted = {"CPU": processes, "GPU": gpus, "memory": most * 1e9}
+        if not any(all(node.get(what, 0) >= amount for what, amount in wanted.items()) for node in nodes):
             # Ray would wait for such a node for ever.
-            there = "; ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
             cpus = "1 CPU" if processes == 1 else f"{processes} CPUs"
+            asked = f"{cpus} and {gpus:g} GPUs" + (f" and {most:g} GB of memory" if most else "")
+            there = "; ".join(
+                f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs"
+                + (f" and {node.get('memory', 0) / 1e9:.3g} GB" if most else "")
+                for node in nodes
+            )
+            flags = "--gpus-per-trial" + (", --memory-per-trial" if most else "")
             raise UserError(
-                f"a trial asks for {cpus} and {gpus:g} GPUs, which no node has (there is: {there}); "
-                "lower --gpus-per-trial or --processes-per-trial, or add a node"
+                f"a trial asks for {asked}, which no node has (there is: {there}); "
+                f"lower {flags} or --processes-per-trial, or add a node"
             )
 
         def execute(trials: list[Trial], job: Job, watcher: Watcher) -> None:
@@ -420,7 +454,14 @@ def through_ray(
             # Tune's own state is no truth of ours, and only its checkpoints, of which there are none, come from nodes.
             with tempfile.TemporaryDirectory(prefix="ris-bench-") as folder:
                 _tune(
-                    trials, job, watcher, folder=folder, share=share, max_concurrent=max_concurrent, patience=patience
+                    largest_first(trials),
+                    job,
+                    watcher,
+                    folder=folder,
+                    share=share,
+                    memory_gb=memory_gb,
+                    max_concurrent=max_concurrent,
+                    patience=patience,
                 )
 
         yield execute
@@ -496,6 +537,7 @@ def _tune(
     *,
     folder: str,
     share: Mapping[str, float],
+    memory_gb: Mapping[str, float],
     max_concurrent: int | None,
     patience: float,
 ) -> None:
@@ -522,6 +564,10 @@ def _tune(
         with _watched(patience, trial, job.store) as alive, suppress(KeyboardInterrupt):
             tell = throttled(report)
             job(trial, lambda progress: (alive(), tell(progress)))
+
+    def needs(config: dict[str, Any]) -> dict[str, float]:
+        backbone = trials_by_id[config["trial"]].backbone.name
+        return {**share, "memory": int(1e9 * memory_gb.get(backbone, memory_gb.get("", 0)))}
 
     class Relay(tune.Callback):
         """The result itself comes by way of the results folder."""
@@ -561,7 +607,7 @@ def _tune(
             watcher.finished(job.lost(ours, reason, str(error or "")))
 
     tuner = tune.Tuner(
-        tune.with_resources(trainable, dict(share)),  # in one bundle, and so on one node
+        tune.with_resources(trainable, needs),  # in one bundle, and so on one node
         param_space={"trial": tune.grid_search(list(trials_by_id))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=max_concurrent,

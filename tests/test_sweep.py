@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import pytest
 from conftest import STAND_IN
 
 from ris_bench import progress, status, sweep
+from ris_bench.backbones.base import BACKBONES
 from ris_bench.errors import UserError
 from ris_bench.experiment import Experiment, load
+from ris_bench.methods.base import METHODS
 from ris_bench.records import Result, Scores, Trial
 from ris_bench.results import Store, this_process
 from ris_bench.trial import Places, Progress
@@ -401,6 +404,40 @@ def test_ray_refuses_what_no_node_has(experiment, store, ray_here):
     with pytest.raises(UserError, match="1 CPU and 1 GPUs, which no node has .*--gpus-per-trial"):
         run(experiment, store, run_trial=never, executor=sweep.through_ray(gpus_per_trial=1))
     assert not store.root.exists()
+
+
+@pytest.mark.ray
+def test_ray_is_told_what_memory_trials_take(experiment, store, ray_here):
+    """A node has room for fewer trials of a backbone than it has processors, and for none that is too large."""
+    import ray
+
+    room = ray.cluster_resources()["memory"] / 1e9
+    at_work = store.root / "at_work"
+
+    def alone(trial, folder, places, report):
+        at_work.mkdir()  # it fails if another trial is at work
+        time.sleep(1)
+        at_work.rmdir()
+        return stand_in({}, trial, folder, places, report)
+
+    store.root.mkdir()
+    needs = {"": 0.1, "tiny-clip-vit": 0.6 * room}
+    results = run(experiment, store, run_trial=alone, executor=sweep.through_ray(memory_gb=needs))
+    assert statuses(results) == dict.fromkeys((0, 1, 2), "done"), [result.error for result in results.values()]
+    with pytest.raises(UserError, match=r"1 CPU and 0 GPUs and .* GB of memory, which no node has .* GB\); lower"):
+        run(experiment, Store(store.root / "2"), run_trial=never, executor=sweep.through_ray(memory_gb={"": 2 * room}))
+
+
+def test_the_largest_trials_begin_first(experiment):
+    trial = experiment.trials()[0]
+    longer = replace(trial, train=replace(trial.train, epochs=5), seed=7)
+    full = replace(trial, method=METHODS.resolve("full", {}))
+    impossible = replace(trial, method=METHODS.resolve("conv-adapter", {}))
+    wider = replace(
+        trial, backbone=BACKBONES.resolve("tiny-clip-vit", {"image_size": 2 * trial.backbone.options["image_size"]})
+    )
+    given = [impossible, *experiment.trials(), full, longer, wider]
+    assert sweep.largest_first(given) == [wider, longer, full, *experiment.trials(), impossible]
 
 
 def test_an_address_without_a_cluster_is_refused_at_once():

@@ -110,6 +110,14 @@ def add(verbs: Any) -> None:
         "for each process, where there are GPUs)",
     )
     ray.add_argument(
+        "--memory-per-trial",
+        type=_memory,
+        action="append",
+        metavar="[BACKBONE=]GB",
+        help="what a trial (of a backbone) is expected to take of a machine's memory, so that Ray puts no more trials "
+        "on it than it has room for; may be repeated",
+    )
+    ray.add_argument(
         "--patience-minutes",
         type=_amount,
         metavar="M",
@@ -128,12 +136,13 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         "address": args.address,
         "max_concurrent": args.max_concurrent,
         "gpus_per_trial": args.gpus_per_trial,
+        "memory_gb": args.memory_per_trial,
         "patience": args.patience_minutes,
     }
     if args.executor == "local" and any(value is not None for value in ray_options.values()):
         parser.error(
-            "--max-concurrent, --gpus-per-trial, --patience-minutes and --address say something to Ray: not with "
-            "--executor local"
+            "--max-concurrent, --gpus-per-trial, --memory-per-trial, --patience-minutes and --address say something to "
+            "Ray: not with --executor local"
         )
     gpus = args.gpus_per_trial or 0
     processes = args.processes_per_trial or max(1, int(gpus))
@@ -142,17 +151,21 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             f"--gpus-per-trial {gpus:g} with --processes-per-trial {processes}: each process has one GPU or none"
         )
     ray_options["processes"] = processes
+    ray_options["memory_gb"] = dict(args.memory_per_trial or ())
     ray_options["patience"] = 3600 if args.patience_minutes is None else 60 * args.patience_minutes
     if args.json and not args.dry_run:
         parser.error("--json goes with --dry-run")
 
     # Only now: these import torch.
     from ris_bench import sweep, trackers
+    from ris_bench.backbones.base import BACKBONES
     from ris_bench.experiment import load
     from ris_bench.report import folder, tables
     from ris_bench.trial import Places, run_trial
 
     experiment = load(args.experiment, args.set)
+    if unknown := [name for name in ray_options["memory_gb"] if name and name not in BACKBONES]:
+        raise UserError(f"--memory-per-trial names {unknown[0]!r}; the backbones are {', '.join(BACKBONES)}")
     store = store_at(args.results)
     if args.executor == "ray" and store.place.startswith("memory:"):
         raise UserError(f"what is in {store.place} is in this process alone: give --executor local, or another URL")
@@ -236,6 +249,11 @@ def _share(text: str) -> float:
     if not (0 <= (number := float(text)) <= 1 or (number > 1 and number.is_integer())):
         raise argparse.ArgumentTypeError(f"{text} is neither from 0 to 1 nor a whole number")
     return number
+
+
+def _memory(text: str) -> tuple[str, float]:
+    backbone, _, amount = text.rpartition("=")
+    return backbone, _amount(amount)
 
 
 def _amount(text: str) -> float:
