@@ -222,7 +222,8 @@ def evaluation(bench: Bench, model: RISModel, expressions: int) -> Callable[[], 
     row_B = torch.zeros(expressions, dtype=torch.long)
 
     def run() -> None:
-        model.eval()
+        if model.training:  # else what is folded would be folded again, which an evaluation does once
+            model.eval()
         with torch.inference_mode():
             if model.fast:
                 forward(model, image_13HW, row_B, tokens_BL, bench.device, bench.autocast)
@@ -242,7 +243,8 @@ def training(bench: Bench, model: RISModel, cached: bool = False) -> Callable[[]
     kept = model.backbone.image.known(images) if cached else None
 
     def run() -> None:
-        model.train()
+        if not model.training:
+            model.train()
         with bench.cast():
             logits = model(model.known(images) if kept is None else kept, tokens)
         segmentation_loss(logits, mask, dice=0.0).backward()

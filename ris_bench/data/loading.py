@@ -129,14 +129,19 @@ def expression_batches(
     num_workers: int = 0,
     team: Team = ALONE,
 ) -> Iterator[Batch]:
-    """Evaluation batches: every sample once, without mask; the expressions of an image one after another.
+    """Evaluation batches: every sample once, without mask; the expressions of an image in one batch, if they fit.
 
     Each process of the team has some of the batches, and these are what they would be for one.
     """
     images: dict[Path, list[int]] = {}
     for position, sample in enumerate(samples):
         images.setdefault(sample.image_path, []).append(position)
-    plan = _cut([position for positions in images.values() for position in positions], batch_size)
+    plan: list[list[int]] = []
+    for part in (part for positions in images.values() for part in _cut(positions, batch_size)):
+        if plan and len(plan[-1]) + len(part) <= batch_size:
+            plan[-1] += part
+        else:
+            plan.append(part)
     tokens_NL = tokenizer([sample.expression for sample in samples])
     pixels = Pixels(Letterbox(image_size), 0)
     return _load(_Batches(samples, tokens_NL, pixels.images, team.share(plan)), num_workers)
