@@ -36,9 +36,9 @@ def cache(tmp_path_factory):
         os.environ["RIS_BENCH_CACHE"] = before
 
 
-def run(one, folder: Path, data: Path = Path("nowhere"), report=lambda progress: None) -> Result:
+def run(one, folder: Path, data: Path = Path("nowhere"), report=lambda progress: None, **places) -> Result:
     folder.mkdir(parents=True)
-    return run_trial(one, folder, Places(data, None), report)
+    return run_trial(one, folder, Places(data, None, **places), report)
 
 
 @pytest.mark.parametrize("method", ["full", "bridger"])
@@ -52,6 +52,18 @@ def test_the_same_trial_twice_is_bit_identical(method, tmp_path):
     assert tuned[0] == tuned[1]
     frames = [pd.read_parquet(tmp_path / name / "expressions.parquet") for name in ("a", "b")]
     pd.testing.assert_frame_equal(*frames)
+
+
+def test_both_ways_to_compute_differ_by_rounding_alone(tmp_path, monkeypatch):
+    one = next(t for t in trials("quickstart.yaml", *SHORT) if t.method.name == "bridger")
+    chosen = []
+    monkeypatch.setattr(trial, "choose", lambda model, way: (chosen.append(way), speed.choose(model, way)))
+    fast, plain = (run(one, tmp_path / way, speed=way) for way in ("fast", "plain"))
+    assert chosen == ["fast", "plain"]
+    for found, expected in zip(fast.history, plain.history, strict=True):
+        assert found.loss == pytest.approx(expected.loss, rel=1e-3)
+    for split, scores in plain.scores.items():
+        assert fast.scores[split].miou == pytest.approx(scores.miou, abs=1e-2)
 
 
 def test_a_trial_leaves_what_it_promises(tmp_path):
