@@ -36,18 +36,23 @@ table:
   columns: [{{header: val, value: miou, splits: [val]}}]
 """
 RUN = """
-import json, multiprocessing, sys
+import json, multiprocessing, signal, sys
 from pathlib import Path
 from ris_bench.records import Trial
 from ris_bench.trial import Places, run_trial
 
+asked = []
+
 def report(progress):
+    if asked:
+        raise KeyboardInterrupt
     if progress.step == 1:
         print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *event: asked.append(event))
     trial, folder = Trial.from_dict(json.loads(sys.argv[1])), Path(sys.argv[2])
-    run_trial(trial, folder, Places(Path("nowhere"), None, processes=2), report)
+    run_trial(trial, folder, Places(Path("nowhere"), None, checkpoint_seconds=3600, processes=2), report)
 """
 
 
@@ -105,14 +110,23 @@ def test_the_death_of_one_process_is_noticed():
         team.gather(None)
 
 
-def test_no_process_outlives_the_one_that_leads(path, tmp_path):
+@pytest.mark.parametrize("killed", [True, False], ids=["killed", "stopped"])
+def test_no_process_outlives_the_one_that_leads(killed, path, tmp_path):
+    """Nor does Ctrl-C, which all of them receive, end another before it: it saves where the trial stands."""
     [trial] = experiment.load(path, ["train.epochs=10000"]).trials()
     (tmp_path / "main.py").write_text(RUN)
     command = [sys.executable, tmp_path / "main.py", json.dumps(plain(trial)), tmp_path]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as leader:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as leader:
         other = int(leader.stdout.readline())
         os.kill(other, 0)
-        leader.kill()
+        if killed:
+            leader.kill()
+        else:
+            os.killpg(leader.pid, signal.SIGINT)
+        said = leader.stderr.read()
+    if not killed:
+        assert said.strip().endswith("KeyboardInterrupt") and list((tmp_path / "checkpoints").iterdir())
     deadline = time.monotonic() + 20
     with pytest.raises(ProcessLookupError):
         while time.monotonic() < deadline:
