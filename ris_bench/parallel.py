@@ -48,6 +48,10 @@ class MemoryElsewhereError(MemoryError):
     """The memory of another process was not enough."""
 
 
+class ProcessDiedError(RuntimeError):
+    """One of the processes is gone without a word."""
+
+
 class Team:
     """One of the processes, and what it does together with the others: all call the same methods in the same order.
 
@@ -237,7 +241,7 @@ def team(size: int, work: Callable[..., None], *args: Any) -> Iterator[Team]:
     """Lead a team: every other process calls `work(team, *args)`, which is pickled for it.
 
     They are gone when the block is left. What one of them raises is raised here, as soon as this process waits for it;
-    a ChildProcessError is where one died. Raises UserError where there are fewer GPUs than processes.
+    a ProcessDiedError is where one died. Raises UserError where there are fewer GPUs than processes.
     """
     if size == 1:
         yield ALONE
@@ -316,7 +320,7 @@ class _Others:
     def explain(self, seconds: float) -> None:
         """Raise what one of them has raised, or raises within so many seconds."""
         with suppress(queue.Empty):
-            raise self._errors.get(timeout=seconds)
+            raise self._errors.get(timeout=seconds if self._listener.is_alive() else 0)
 
     def end(self) -> None:
         self._ends = True
@@ -344,13 +348,13 @@ class _Others:
             if self._ends:
                 return
 
-    def _death(self, rank: int) -> ChildProcessError:
+    def _death(self, rank: int) -> ProcessDiedError:
         process, _ = self._started[rank - 1]
         process.join(LAST_WORDS_SECONDS)
         how = f"exit code {process.exitcode}"
         if process.exitcode is not None and process.exitcode < 0:
             how = f"by {signal.Signals(-process.exitcode).name}"
-        return ChildProcessError(f"process {rank + 1} of {self._size} of the trial died ({how})")
+        return ProcessDiedError(f"process {rank + 1} of {self._size} of the trial died ({how})")
 
 
 def _follow(

@@ -86,14 +86,27 @@ def run_trial(trial: Trial, folder: Path, places: Places, report: Callable[[Prog
     Whatever goes wrong inside ends in a result with status "failed"; the traceback is in log.txt. `folder` exists.
     Where it has checkpoints/, of an attempt that was cut off, the trial goes on from there and ends as if it had not
     been: on a CPU to the last bit. They are left there. A KeyboardInterrupt that `report` raises saves one more. Where
-    it goes on, the number of processes may be another.
+    it goes on, the number of processes may be another. If one of several dies, all begin again, once.
     """
+    result = _attempt(trial, folder, places, report)
+    return _attempt(trial, folder, places, report, last=True) if result is None else result
+
+
+def _attempt(
+    trial: Trial, folder: Path, places: Places, report: Callable[[Progress], None], *, last: bool = False
+) -> Result | None:
+    """None where another process has died, unless this is the last attempt."""
     run = _Run(trial, folder, places, report)
     try:
         loaded = tuple(plugins.LOADED.values())
         with parallel.team(places.processes, _follow, trial, folder, places, loaded) as run.team:
             run.execute()
         status, error = "done", None
+    except parallel.ProcessDiedError as death:
+        run.log(str(death))
+        if not last:
+            return None
+        status, error = "failed", f"{death}, as one did before"
     except Exception as failure:
         run.log(traceback.format_exc())
         lines = str(failure).splitlines() or [""]

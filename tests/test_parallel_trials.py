@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -104,10 +105,26 @@ def die(team: Team) -> None:
 
 def test_the_death_of_one_process_is_noticed():
     with (
-        pytest.raises(ChildProcessError, match=r"process 2 of 2 .* died \(by SIGKILL\)"),
+        pytest.raises(parallel.ProcessDiedError, match=r"process 2 of 2 .* died \(by SIGKILL\)"),
         parallel.team(2, die) as team,
     ):
         team.gather(None)
+
+
+def test_a_trial_of_which_one_process_was_killed_begins_again(path, tmp_path):
+    [trial] = experiment.load(path).trials()
+    killed = []
+
+    def report(progress) -> None:
+        if progress.step == 3 and not killed:
+            [other] = multiprocessing.active_children()
+            other.kill()
+            killed.append(other.pid)
+
+    result = run_trial(trial, tmp_path, Places(Path("nowhere"), None, checkpoint_seconds=1e-9, processes=2), report)
+    assert result.status == "done" and killed
+    log = (tmp_path / "log.txt").read_text()
+    assert "process 2 of 2 of the trial died (by SIGKILL)" in log and "goes on from the checkpoint" in log
 
 
 @pytest.mark.parametrize("killed", [True, False], ids=["killed", "stopped"])
