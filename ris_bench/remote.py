@@ -256,6 +256,8 @@ class UrlStore(Store):
                     f"another run is at work in {self.place} ({who}); wait until it is done, stop it, or give another "
                     f"--results; one that was killed is forgotten after {GONE_SECONDS} seconds"
                 )
+            with suppress(Exception):  # of those that were killed
+                self.objects.delete(other for other in self.objects.versions(_DRIVERS) if other != name)
             threading.Thread(target=beat, daemon=True).start()
             yield
         finally:

@@ -134,7 +134,8 @@ def of(place: str | Path) -> Status:
     """
     store, root = plan.opened(place)
     folders = [root] if (root / plan.FILE).is_file() else sorted(path.parent for path in root.glob(f"*/{plan.FILE}"))
-    if not (folders or (store.root / "trials").is_dir()):
+    driver = store.driver()
+    if not (folders or driver or (store.root / "trials").is_dir()):
         raise UserError(f"{place} is no results folder: it has neither trials/ nor the folder of an experiment")
     experiments, skipped = [], []
     for folder in folders:
@@ -146,7 +147,7 @@ def of(place: str | Path) -> Status:
     results, left_out = store.collect(run.trial for experiment in experiments for run in experiment.runs)
     return Status(
         root=store.place,
-        driver=store.driver(),
+        driver=driver,
         sweeps=tuple(_sweep(experiment, results, running) for experiment in experiments),
         running=running,
         skipped=(*skipped, *left_out),

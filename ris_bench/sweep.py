@@ -549,17 +549,22 @@ def _tune(
     unfinished, begun = dict(trials_by_id), set()
     stop = f"ris-bench.stop.{secrets.token_hex(8)}"  # kept by the head of the cluster: who asks it pays nothing
 
+    def stopped() -> bool:
+        with suppress(Exception):  # a head that does not answer is no reason to stop
+            return bool(_internal_kv_exists(stop))
+        return False
+
     def trainable(config: dict[str, Any]) -> None:
         if not share["gpu"]:  # a process that was given no GPU would see them all
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         trial = trials_by_id[config["trial"]]
 
         def report(progress: Progress) -> None:
-            if _internal_kv_exists(stop):
+            if stopped():
                 raise KeyboardInterrupt  # the trial saves where it stands
             tune.report({"progress": progress._asdict()})
 
-        if _internal_kv_exists(stop):
+        if stopped():
             return
         with _watched(patience, trial, job.store) as alive, suppress(KeyboardInterrupt):
             tell = throttled(report)

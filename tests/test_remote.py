@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from functools import partial
 from pathlib import Path
 
@@ -238,9 +239,12 @@ def test_a_process_that_was_killed_holds_nothing_for_long(on, died, monkeypatch)
     if died == "elsewhere":
         with pytest.raises(UserError, match="host node-7.*forgotten after"):
             store.held("mine").__enter__()
-        monkeypatch.setattr(remote, "GONE_SECONDS", -1)
+        monkeypatch.setattr(remote, "GONE_SECONDS", 0.5)
+        time.sleep(0.6)
     with store.held("mine"):
-        pass
+        monkeypatch.setattr(remote, "GONE_SECONDS", 200)
+        assert len(names(store)) == 1
+        assert status.of(store.place).driver["experiment"] == "mine"  # before there is anything else
 
 
 @pytest.mark.parametrize("name", ["../../evil/result.json", "/evil", "a//b", "trials/./b", ".mirrored.json", "a\\b"])
