@@ -29,9 +29,9 @@ again. Ctrl-C lets the steps that are running end and saves where their trials s
 exit code:  0 all well   1 a trial failed   2 bad input, nothing was run   130 stopped
 
 On a cluster (--address) every node must find results, data and weights under the same paths; results may be at a URL,
-such as s3://bucket/path, for which each has the credentials in its environment. Nodes are
-sent this package; what it depends on has to be installed there, in the same versions. Driver and nodes need one token:
-RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE.
+such as s3://bucket/path, for which each has the credentials in its environment. Nodes are sent this package; what it
+depends on has to be installed there, in the same versions. Driver and nodes need one token: RAY_AUTH_MODE=token and
+RAY_AUTH_TOKEN_PATH=FILE.
 """
 
 
