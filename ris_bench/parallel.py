@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import pickle
 import queue
+import shutil
 import signal
 import socket
 import tempfile
@@ -326,8 +327,11 @@ class _Others:
         self._ends = True
         for process, _ in self._started:
             process.kill()
-        for process, pipe in self._started:
+        for process, _ in self._started:
             process.join()
+        if self._listener.is_alive():
+            self._listener.join(LAST_WORDS_SECONDS)
+        for _, pipe in self._started:
             pipe.close()
 
     def _listen(self) -> None:
@@ -365,6 +369,7 @@ def _follow(
     def end_with_the_leader() -> None:
         with suppress(EOFError, OSError):
             pipe.recv()
+        shutil.rmtree(folder, ignore_errors=True)  # one that was killed has left it
         os._exit(1)
 
     threading.Thread(target=end_with_the_leader, daemon=True).start()
