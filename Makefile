@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test faults lint
 
 quickstart: .venv/installed
 	$(BIN)/python run_bench.py experiments/quickstart.yaml
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m 'not faults'
+
+# Processes are killed and disks are filled while sweeps run.
+faults: .venv/installed
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m faults
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ris_bench.errors import UserError
-from ris_bench.files import whole
+from ris_bench.files import whole, write_whole
 from ris_bench.progress import Display
 from ris_bench.records import Params, Result, Trial
 from ris_bench.report import folder
@@ -112,6 +112,7 @@ class Job:
             return known
         folder = self.store.begin(trial)
         process = this_process()
+        write_whole(folder / PROGRESS, json.dumps({"phase": "load", **process}))  # not at the end does a full disk show
 
         def note(progress: Progress) -> None:
             try:
