@@ -188,6 +188,8 @@ def main() -> None:
     for number in args.images:
         with ProcessPoolExecutor(1, get_context("spawn")) as process:  # of which the peak is that size's alone
             show("images", number, process.submit(images, number).result())
+    if args.trials:
+        trials(5)  # imports what reading needs
     for number in args.trials:
         show("trials", number, trials(number))
     for number, taken in expressions(args.expressions):
