@@ -605,7 +605,7 @@ def _tune(
             ours, error = unfinished.pop(trial.config["trial"]), trial.get_pickled_error()
             # What a trial raises is a result already. Here its process is gone, perhaps with the error that it had.
             if error is not None and not isinstance(error, RayActorError):
-                reason = one_line(error)
+                reason = one_line(getattr(error, "cause", None) or error)
             elif ours.id in begun:
                 reason = "its process died twice: killed, out of memory, or its node was lost"
             else:
