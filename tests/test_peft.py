@@ -244,6 +244,6 @@ def test_an_experiment_names_a_tuner_and_its_mistakes_have_a_line(tmp_path):
 
 
 def test_the_examples_of_the_readme():
-    text = re.search(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
+    text = re.search(r"```yaml\n( *- peft.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL).group(1)
     for entry in yaml.safe_load(text):
         METHODS.build(METHODS.resolve("peft", entry["peft"]), BACKBONES["tiny-clip-vit"](None))

@@ -600,3 +600,10 @@ def test_a_search_that_is_killed_twice_ends_as_if_it_had_not_been(tmp_path, monk
     again = Result.from_json((disturbed / "trials" / again / "result.json").read_text())
     assert set(again.scores) == {"val", "testA"}
     assert score(again) == max(map(score, results.values()))
+
+
+def test_the_example_of_the_readme(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    path = tmp_path / "stand_in.yaml"
+    path.write_text(STAND_IN + re.search(r"```yaml\n(search:.*?)```", readme, re.DOTALL).group(1))
+    assert len(load(path).search.space) == 3
