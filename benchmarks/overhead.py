@@ -21,7 +21,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ris_bench import sweep
+from ris_bench import executors, sweep
 from ris_bench.experiment import load
 from ris_bench.plan import Experiment
 from ris_bench.records import Cost, Epoch, Params, Result, Scores, Trial
@@ -128,11 +128,11 @@ def main() -> None:
         loop = bare(experiment, Path(folder) / "bare")
         found["bare loop, ms a trial"] = 1e3 * loop / trials
         with redirect_stderr(nowhere):
-            local = swept(experiment, Path(folder) / "local", sweep.in_process())
+            local = swept(experiment, Path(folder) / "local", executors.in_process())
             found["in this process, ms a trial more"] = 1e3 * (local - loop) / trials
             found["driver, MiB at most"] = resident()
             started = time.perf_counter()
-            with sweep.through_ray() as execute:
+            with executors.through_ray() as execute:
                 found["Ray's start, s"] = time.perf_counter() - started
                 ray = swept(experiment, Path(folder) / "ray", _Entered(execute))
             found["through Ray, ms a trial more"] = 1e3 * (ray - loop) / trials

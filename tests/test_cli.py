@@ -164,8 +164,8 @@ SCRIPT = """
 import signal, sys, time
 import ris_bench.trial
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
-from ris_bench import cli, sweep
-sweep.GRACE_SECONDS = 1
+from ris_bench import cli, executors
+executors.GRACE_SECONDS = 1
 sys.path.insert(0, sys.argv[1])
 from test_cli import done
 

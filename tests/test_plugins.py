@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import STAND_IN
 
-from ris_bench import cli, plugins, sweep
+from ris_bench import cli, executors, plugins, sweep
 from ris_bench.backbones.weights import Weights
 from ris_bench.errors import UserError
 from ris_bench.experiment import load
@@ -130,7 +130,7 @@ def test_ray_loads_it_too(path):
     try:
         experiment = load(path)
         job = sweep.Job(count_there, Store(path.parent / "results"), Places(path.parent, None), experiment.plugins)
-        results = sweep.run(experiment, job, sweep.through_ray(), check=lambda *places: None)
+        results = sweep.run(experiment, job, executors.through_ray(), check=lambda *places: None)
     finally:
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     tuned = {result.trial.method.name: result.params.tunable_backbone for result in results.values()}

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 from conftest import STAND_IN
 
-from ris_bench import remote, status, sweep
+from ris_bench import executors, remote, status, sweep
 from ris_bench.cli import main
 from ris_bench.errors import UserError
 from ris_bench.experiment import Experiment, load
@@ -83,7 +83,7 @@ def run(experiment: Experiment, store: Store) -> list[int]:
     """The seeds that were run."""
     ran: list[int] = []
     job = sweep.Job(partial(stand_in, ran), store, Places(data=Path("/nowhere"), weights=None))
-    sweep.run(experiment, job, sweep.in_process(), check=lambda *places: None)
+    sweep.run(experiment, job, executors.in_process(), check=lambda *places: None)
     return ran
 
 
@@ -213,7 +213,7 @@ def test_how_far_an_attempt_is_is_told_elsewhere(experiment, trial, on, url, mon
         return done(trial)
 
     job = sweep.Job(look, store, Places(data=Path("/nowhere"), weights=None))
-    sweep.run(experiment, job, sweep.in_process(), only=".s0.", check=lambda *places: None)
+    sweep.run(experiment, job, executors.in_process(), only=".s0.", check=lambda *places: None)
     (found,) = seen
     assert found.root == url and found.driver["experiment"] == "stand_in"
     (running,) = found.running

@@ -18,7 +18,7 @@ import torch
 from conftest import OPTIONS, TINY_HEAD, tiny_model
 from safetensors import safe_open
 
-from ris_bench import checkpoints, sweep
+from ris_bench import checkpoints, executors, sweep
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.checkpoints import Checkpoints
 from ris_bench.data.dataset import DATASETS
@@ -424,7 +424,7 @@ def test_a_stop_waits_for_the_step_and_a_second_one_does_not(number, tmp_path, c
     for times, done in ((1, [0, 1]), (2, [0])):
         steps.clear()
         job = sweep.Job(partial(work, times), Store(tmp_path), Places(tmp_path, None))
-        with pytest.raises(KeyboardInterrupt), sweep.in_process() as execute:
+        with pytest.raises(KeyboardInterrupt), executors.in_process() as execute:
             execute(list(TRIALS.values()), job, Watcher())
         assert steps == done
         assert "once more stops at once" in capfd.readouterr().err

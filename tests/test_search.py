@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import STAND_IN
 
-from ris_bench import cli, plan, status, sweep
+from ris_bench import cli, executors, plan, status, sweep
 from ris_bench.errors import UserError
 from ris_bench.experiment import load
 from ris_bench.plan import Experiment
@@ -326,7 +326,7 @@ def run(experiment: Experiment, store: Store, find=outcome) -> dict[str, Result]
         return find(trial)
 
     job = sweep.Job(run_trial, store, Places(data=Path("/nowhere"), weights=None))
-    return sweep.run(experiment, job, sweep.in_process(), check=lambda *places: None)
+    return sweep.run(experiment, job, executors.in_process(), check=lambda *places: None)
 
 
 def keep(experiment: Experiment, store: Store, results: dict[str, Result]) -> tuple[Experiment, Path]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import STAND_IN
 
-from ris_bench import progress, status, sweep
+from ris_bench import executors, progress, status, sweep
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.errors import UserError
 from ris_bench.experiment import Experiment, load
@@ -89,7 +89,7 @@ def store(tmp_path) -> Store:
 
 def run(experiment, store, does=None, run_trial=None, executor=None, only="") -> dict[str, Result]:
     job = sweep.Job(run_trial or partial(stand_in, does or {}), store, Places(data=Path("/nowhere"), weights=None))
-    executor = executor or sweep.in_process()
+    executor = executor or executors.in_process()
     return sweep.run(experiment, job, executor, only=only, check=lambda *places: None)
 
 
@@ -269,7 +269,7 @@ def test_a_terminal_gets_a_live_line(experiment, monkeypatch):
 def ray_here():
     from ray import cloudpickle
 
-    with sweep.through_ray():
+    with executors.through_ray():
         cloudpickle.register_pickle_by_value(sys.modules[__name__])  # its processes cannot import this file
         yield
         cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -277,7 +277,7 @@ def ray_here():
 
 @pytest.mark.ray
 def test_ray_survives_what_its_processes_do(experiment, store, ray_here, capfd):
-    results = run(experiment, store, {0: "kill", 1: "die once", 2: "raise"}, executor=sweep.through_ray())
+    results = run(experiment, store, {0: "kill", 1: "die once", 2: "raise"}, executor=executors.through_ray())
     assert statuses(results) == kept(store) == {0: "failed", 1: "done", 2: "failed"}
     errors = {result.trial.seed: result.error for result in results.values()}
     assert "its process died twice" in errors[0] and errors[2] == "RuntimeError: no luck"
@@ -364,7 +364,7 @@ def test_status_needs_no_torch():
 
 @pytest.mark.ray
 def test_ray_ends_what_hangs_and_what_is_stopped(experiment, store, ray_here, capfd):
-    results = run(experiment, store, {1: "hang once"}, executor=sweep.through_ray(patience=3))
+    results = run(experiment, store, {1: "hang once"}, executor=executors.through_ray(patience=3))
     assert statuses(results) == dict.fromkeys((0, 1, 2), "done")
     assert "starts again: its process died" in capfd.readouterr().out
 
@@ -379,8 +379,8 @@ def test_ray_ends_what_hangs_and_what_is_stopped(experiment, store, ray_here, ca
 
     threading.Thread(target=press, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        run(experiment, other, dict.fromkeys((0, 1, 2), "work on"), executor=sweep.through_ray())
-    assert time.monotonic() - pressed[0] < sweep.GRACE_SECONDS
+        run(experiment, other, dict.fromkeys((0, 1, 2), "work on"), executor=executors.through_ray())
+    assert time.monotonic() - pressed[0] < executors.GRACE_SECONDS
     assert "stops after the step that is running" in capfd.readouterr().err
     assert kept(other) == {} and not list(other.root.glob("trials/.stop*"))
     # Each was told, and what it had is there for the next attempt.
@@ -390,7 +390,7 @@ def test_ray_ends_what_hangs_and_what_is_stopped(experiment, store, ray_here, ca
 @pytest.mark.ray
 def test_ray_relays_progress_and_agrees_with_in_process(experiment, store, ray_here, capsys, monkeypatch):
     monkeypatch.setattr(progress, "QUIET_SECONDS", 0)
-    through_ray = run(experiment, store, executor=sweep.through_ray(max_concurrent=1))
+    through_ray = run(experiment, store, executor=executors.through_ray(max_concurrent=1))
     said = [line.split("  ")[-1] for line in capsys.readouterr().out.splitlines()[1:]]
     assert [line[-6:] for line in said if line] == ["starts", "1 left", "l 99.9"] * 3  # one after another
     in_process = run(experiment, Store(store.root / "again"))
@@ -402,7 +402,7 @@ def test_ray_relays_progress_and_agrees_with_in_process(experiment, store, ray_h
 @pytest.mark.ray
 def test_ray_refuses_what_no_node_has(experiment, store, ray_here):
     with pytest.raises(UserError, match="1 CPU and 1 GPUs, which no node has .*--gpus-per-trial"):
-        run(experiment, store, run_trial=never, executor=sweep.through_ray(gpus_per_trial=1))
+        run(experiment, store, run_trial=never, executor=executors.through_ray(gpus_per_trial=1))
     assert not store.root.exists()
 
 
@@ -422,10 +422,11 @@ def test_ray_is_told_what_memory_trials_take(experiment, store, ray_here):
 
     store.root.mkdir()
     needs = {"": 0.1, "tiny-clip-vit": 0.6 * room}
-    results = run(experiment, store, run_trial=alone, executor=sweep.through_ray(memory_gb=needs))
+    results = run(experiment, store, run_trial=alone, executor=executors.through_ray(memory_gb=needs))
     assert statuses(results) == dict.fromkeys((0, 1, 2), "done"), [result.error for result in results.values()]
     with pytest.raises(UserError, match=r"1 CPU and 0 GPUs and .* GB of memory, which no node has .* GB\); lower"):
-        run(experiment, Store(store.root / "2"), run_trial=never, executor=sweep.through_ray(memory_gb={"": 2 * room}))
+        too_much = executors.through_ray(memory_gb={"": 2 * room})
+        run(experiment, Store(store.root / "2"), run_trial=never, executor=too_much)
 
 
 def test_the_largest_trials_begin_first(experiment):
@@ -437,9 +438,9 @@ def test_the_largest_trials_begin_first(experiment):
         trial, backbone=BACKBONES.resolve("tiny-clip-vit", {"image_size": 2 * trial.backbone.options["image_size"]})
     )
     given = [impossible, *experiment.trials(), full, longer, wider]
-    assert sweep.largest_first(given) == [wider, longer, full, *experiment.trials(), impossible]
+    assert executors.largest_first(given) == [wider, longer, full, *experiment.trials(), impossible]
 
 
 def test_an_address_without_a_cluster_is_refused_at_once():
     with pytest.raises(UserError, match="no Ray cluster at 127.0.0.1:1 .*HOST:PORT or auto"):
-        sweep._connect("127.0.0.1:1")
+        executors._connect("127.0.0.1:1")

@@ -157,7 +157,7 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("--json goes with --dry-run")
 
     # Only now: these import torch.
-    from ris_bench import sweep, trackers
+    from ris_bench import executors, sweep, trackers
     from ris_bench.backbones.base import BACKBONES
     from ris_bench.experiment import load
     from ris_bench.report import folder, tables
@@ -188,7 +188,7 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         processes=processes,
     )
     ray_options["plugins"] = experiment.plugins
-    executor = sweep.in_process() if args.executor == "local" else sweep.through_ray(**ray_options)
+    executor = executors.in_process() if args.executor == "local" else executors.through_ray(**ray_options)
     job = sweep.Job(run_trial, store, places, experiment.plugins)
     check = partial(sweep.check, elsewhere=args.address is not None)
     with ExitStack() as stack:
