@@ -10,9 +10,9 @@ quickstart: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m 'not faults'
 
-# Processes are killed and disks are filled while sweeps run.
+# Processes are killed and disks are filled while sweeps run, which wait for much besides the cores.
 faults: .venv/installed
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m faults
+	$(BIN)/python -m pytest -q -n 3 -m faults
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -13,7 +13,6 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from torch import Tensor
 KEPT = 2
 """Files in a folder: if the newest is damaged, there is the one before."""
 SUFFIX = ".safetensors"
-_PASSIVE = ("cli", "report")
-"""Subpackages that no number of a trial depends on."""
 
 State = dict[str, Any]
 """Tensors, and what JSON takes, by name."""
@@ -94,18 +91,6 @@ class Checkpoints:
             if other := [name for name in wanted.keys() | given.keys() if wanted.get(name) != given.get(name)]:
                 raise ValueError(f"it was made for another {' and '.join(sorted(other))}")
             return json.loads(metadata["state"]) | {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-
-
-@cache
-def code() -> str:
-    """sha256 of the modules of this package that a number may depend on."""
-    package = Path(__file__).parent
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        name = path.relative_to(package)
-        if name.parts[0] not in _PASSIVE:
-            digest.update(repr((name.as_posix(), path.read_bytes())).encode())
-    return digest.hexdigest()
 
 
 def _number(path: Path) -> int:

@@ -10,7 +10,7 @@ from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
-from ris_bench import plugins
+from ris_bench import code, plugins
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.data.dataset import DATASETS, Dataset
 from ris_bench.errors import UserError
@@ -50,6 +50,7 @@ def load(path: Path, assignments: Sequence[str] = ()) -> Experiment:
     plugged = _plugins(top["plugins"], path.parent) if "plugins" in top else ()
     _trial(top["defaults"])
     return Experiment(
+        code=code.digest(),
         name=_name(top["name"]),
         title=top["title"].typed(str, "title"),
         notes=top["notes"].typed(tuple[str, ...], "notes") if "notes" in top else (),

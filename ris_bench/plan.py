@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from ris_bench import located, published, search
+from ris_bench import code, located, published, search
 from ris_bench.errors import UserError
 from ris_bench.files import write_whole
 from ris_bench.layout import COSTS, COUNTS, METRICS, Column, Layout
@@ -68,11 +69,19 @@ class Experiment:
     plugins: tuple[Plugin, ...]
     """To be loaded by every process that runs one of its trials; this one has them."""
     search: Search | None = None
+    code: str = ""
+    """`code.digest` of what has read the file; empty where nobody kept it."""
 
     @property
     def selected(self) -> tuple[str, ...]:
         """The keys whose values follow from scores."""
         return (*self.choose, *(axis.key for axis in self.search.space)) if self.search else self.choose
+
+    @property
+    def may_be_another(self) -> bool:
+        """Whether the same file, read now, might mean other trials: by other code of this package or of plug-ins."""
+        choices = (getattr(run.trial, kind) for run in self.runs for kind in ("dataset", "backbone", "method", "head"))
+        return self.code != code.digest() or any(choice.code for choice in choices)
 
     def after(self, find: Find) -> Experiment:
         """With all runs that a search asks for once these results are known; a grid has its own."""
@@ -104,6 +113,7 @@ class Experiment:
         """What `FILE` holds; a long sweep writes it again with every table."""
         shared = {key: getattr(self, key) for key in _SHARED}
         shared |= {"file": self.path.name, "table": asdict(self.table), "runs": len(self.runs)}
+        shared |= {"code": self.code} if self.code else {}
         shared |= {"search": plain(self.search)} if self.search else {}
         runs = ({"axes": dict(run.axes), "splits": run.splits, "trial": plain(run.trial)} for run in self.runs)
         return "".join(f"{json.dumps(line)}\n" for line in (shared, *runs))
@@ -149,13 +159,9 @@ def find(named: Path, root: Path | None = None) -> tuple[Experiment, Path, Path]
     if named.is_dir():
         return read(named), named, (named.absolute().parent if root is None else root)
     root = Path("results") if root is None else root
-    text = read_text(named)
-    written = located.read(text, lambda line: f"{named}:{line}").mapping("the experiment").get("name")
-    name = written and written.value
-    if isinstance(name, str) and NAME.fullmatch(name) and (root / name / FILE).is_file():
-        experiment = read(root / name)
-        if experiment.source == text and not experiment.assignments:
-            return experiment, root / name, root
+    experiment = last_run(named, (), root)
+    if experiment is not None:
+        return experiment, root / experiment.name, root
     try:
         from ris_bench.experiment import load  # only now: it imports torch
     except ModuleNotFoundError as error:
@@ -165,6 +171,20 @@ def find(named: Path, root: Path | None = None) -> tuple[Experiment, Path, Path]
         ) from None
     experiment = load(named).after(Store(root.absolute()).read)
     return experiment, root / experiment.name, root
+
+
+def last_run(path: Path, assignments: Sequence[str], root: Path) -> Experiment | None:
+    """The experiment of a file, if it was run last with the very same text and assignments; without its plug-ins."""
+    text = read_text(path)
+    written = located.read(text, lambda line: f"{path}:{line}").mapping("the experiment").get("name")
+    name = written and written.value
+    if not (isinstance(name, str) and NAME.fullmatch(name) and (root / name / FILE).is_file()):
+        return None
+    with suppress(UserError):  # it is not whole
+        experiment = read(root / name)
+        if (experiment.source, experiment.assignments) == (text, tuple(assignments)):
+            return experiment
+    return None
 
 
 def opened(place: str | Path) -> tuple[Store, Path]:
@@ -267,4 +287,5 @@ def _parse(shared: Mapping[str, Any], lines: list[Mapping[str, Any]]) -> Experim
         runs=runs,
         plugins=(),
         search=found,
+        code=checked(shared.get("code", ""), str, "code"),
     )

@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 from torch import Tensor
 
-from ris_bench import __version__, cache, checkpoints, evaluation, parallel, plugins
+from ris_bench import __version__, cache, checkpoints, code, evaluation, parallel, plugins
 from ris_bench.backbones.weights import Weights
 from ris_bench.data.audit import separate
 from ris_bench.data.dataset import DATASETS
@@ -273,7 +273,7 @@ class _Run:
             self.folder / CHECKPOINTS,
             {
                 "trial": plain(self.trial),
-                "code": checkpoints.code(),
+                "code": code.digest(),
                 "versions": versions(),
                 "weights": self.weights.sha256,
                 "device": self.device.type,

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import STAND_IN
 
-from ris_bench import cli, sweep
+from ris_bench import cli, experiment, sweep
+from ris_bench import code as identity
+from ris_bench.errors import UserError
 from ris_bench.records import Result, Scores
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +76,26 @@ def test_exit_0_and_a_second_run_only_renders(bench, tmp_path, monkeypatch):
     table = (tmp_path / "results/stand_in/table.md").read_text()
     assert (code, err) == (0, "") and out.endswith(f"\n\n{table}") and "25.00" in table
     assert bench(executor="ray") == (0, table, "")
+
+
+def test_a_second_run_reads_the_file_where_it_may_mean_something_else(bench, tmp_path, monkeypatch):
+    def read(*arguments):
+        raise UserError("it is read")
+
+    code, out, err = bench(run_trial=done)
+    load = experiment.load
+    monkeypatch.setattr(experiment, "load", read)
+    assert bench()[0] == 0 and bench("--only", ".lora.")[0] == 0  # with neither PyTorch nor the registries
+    again = [("--set", "train.lr=1.0e-4"), ("--only", "unheard"), ("--dry-run",), ("--results", "elsewhere")]
+    assert all(bench(*arguments)[0] == 2 for arguments in again)
+    monkeypatch.setattr(identity, "digest", lambda: "of other code")
+    assert bench()[2] == "error: it is read\n"
+    monkeypatch.setattr(experiment, "load", load)
+    assert bench()[0] == 0
+    monkeypatch.setattr(experiment, "load", read)
+    assert bench()[0] == 0
+    (tmp_path / "results/stand_in/plan.jsonl").write_text("{")
+    assert bench()[2] == "error: it is read\n"
 
 
 def test_exit_1_names_the_failed_trials_and_their_logs(bench, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "ris_bench"
 FLOORS = [
-    ("errors", "files", "cache", "records", "registry", "located", "published", "results", "remote"),
+    ("errors", "code", "files", "cache", "records", "registry", "located", "published", "results", "remote"),
     ("parallel", "data", "metrics", "protocols", "predictions", "resampling", "scoring"),
     ("speed", "backbones"),
     ("methods",),

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY_HEAD, inputs, tiny_model
 from torch import Tensor, nn
 
-from ris_bench import checkpoints, evaluation, parallel
+from ris_bench import code, evaluation, parallel
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.data.dataset import DATASETS
 from ris_bench.data.loading import Batch, ReferentBatches, Tokenizer
@@ -44,7 +44,7 @@ def cache(tmp_path_factory):
     """Scenes are generated once for all tests of this file, and other processes find them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RIS_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(checkpoints, "code", lambda: "the same")
+        patch.setattr(code, "digest", lambda: "the same")
         yield
 
 
@@ -176,7 +176,7 @@ def attempt(team: Team, trial: Trial, folder: Path, kept: Path | None = None) ->
         if progress.step == 2 and kept and team.leads:
             shutil.copytree(folder / "checkpoints", kept / "checkpoints")
 
-    checkpoints.code = lambda: "the same"
+    code.digest = lambda: "the same"
     run = _Run(trial, folder, Places(Path("nowhere"), None, checkpoint_seconds=1e-9), report, team)
     run.execute()
     return run

@@ -18,7 +18,7 @@ import torch
 from conftest import OPTIONS, TINY_HEAD, tiny_model
 from safetensors import safe_open
 
-from ris_bench import checkpoints, executors, sweep
+from ris_bench import checkpoints, code, executors, sweep
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.checkpoints import Checkpoints
 from ris_bench.data.dataset import DATASETS
@@ -60,7 +60,7 @@ def cache(tmp_path_factory):
     """Scenes are generated once for all tests of this file; what is edited while they run is no other code."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RIS_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(checkpoints, "code", lambda: "the same")
+        patch.setattr(code, "digest", lambda: "the same")
         yield
 
 
@@ -94,7 +94,7 @@ def run_and_die(one: Trial, folder: Path, environment: dict[str, str], event: st
         flushed(folder)
         happens("kept")
 
-    checkpoints.code = lambda: "the same"
+    code.digest = lambda: "the same"
     whole, checkpoints.save_file = checkpoints.save_file, save_file
     flushed, checkpoints._flush = checkpoints._flush, flush
     run(one, folder, ALWAYS, lambda progress: happens(progress.phase))

@@ -20,6 +20,7 @@ from ris_bench.remote import is_url, store_at
 
 if TYPE_CHECKING:
     from ris_bench.plan import Experiment
+    from ris_bench.results import Store
 
 RUN = """\
 Runs every trial of an experiment that has no result yet and prints the table. Results are kept by trial and shared by
@@ -156,44 +157,25 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if args.json and not args.dry_run:
         parser.error("--json goes with --dry-run")
 
-    # Only now: these import torch.
-    from ris_bench import executors, sweep, trackers
-    from ris_bench.backbones.base import BACKBONES
-    from ris_bench.experiment import load
+    from ris_bench import plan  # what is heavy is imported only now, and PyTorch only where something has to be run
     from ris_bench.report import folder, tables
-    from ris_bench.trial import Places, run_trial
+    from ris_bench.sweep import pending
 
-    experiment = load(args.experiment, args.set)
-    if unknown := [name for name in ray_options["memory_gb"] if name and name not in BACKBONES]:
-        raise UserError(f"--memory-per-trial names {unknown[0]!r}; the backbones are {', '.join(BACKBONES)}")
     store = store_at(args.results)
     if args.executor == "ray" and store.place.startswith("memory:"):
         raise UserError(f"what is in {store.place} is in this process alone: give --executor local, or another URL")
-    known: dict[str, Result] = {}
-    waiting = sweep.pending(experiment, store, known, args.only)
-    experiment = experiment.after(lambda trial: known.get(trial.id))
-    trials = [trial for trial in experiment.trials(known) if args.only in trial.id]
-    if not trials:
-        raise UserError(f"no trial of {args.experiment} has {args.only!r} in its id: --dry-run lists the ids")
+    results: dict[str, Result] = {}
+    experiment = plan.last_run(args.experiment, args.set, store.root)
+    if (
+        args.dry_run
+        or experiment is None
+        or experiment.may_be_another
+        or pending(experiment, store, results, args.only)
+        or not any(args.only in key for key in results)
+    ):
+        experiment, results = _run(args, store, ray_options, processes)
     if args.dry_run:
-        _print_trials(trials, len(waiting), experiment, as_json=args.json)
         return 0
-
-    places = Places(
-        data=args.data.absolute(),
-        weights=args.weights and args.weights.absolute(),
-        feature_bytes=int(args.feature_cache * 1e9),
-        checkpoint_seconds=60 * args.checkpoint_minutes,
-        speed=args.speed,
-        processes=processes,
-    )
-    ray_options["plugins"] = experiment.plugins
-    executor = executors.in_process() if args.executor == "local" else executors.through_ray(**ray_options)
-    job = sweep.Job(run_trial, store, places, experiment.plugins)
-    check = partial(sweep.check, elsewhere=args.address is not None)
-    with ExitStack() as stack:
-        told = [stack.enter_context(trackers.named(name, experiment.name)) for name in dict.fromkeys(args.track)]
-        results = sweep.run(experiment, job, executor, only=args.only, check=check, watchers=told)
 
     experiment = experiment.after(lambda trial: results.get(trial.id))
     print(tables.render(experiment, results).markdown, end="", flush=True)
@@ -209,6 +191,45 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(f"error: the tables cannot be written to {args.results}/{experiment.name} ({error})", file=sys.stderr)
         return 1
     return 1 if failed else 0
+
+
+def _run(
+    args: argparse.Namespace, store: Store, ray_options: dict[str, Any], processes: int
+) -> tuple[Experiment, dict[str, Result]]:
+    """The experiment, and what is known of its trials once they were run; of a dry run, once they were listed."""
+    from ris_bench import executors, sweep, trackers
+    from ris_bench.backbones.base import BACKBONES
+    from ris_bench.experiment import load
+    from ris_bench.trial import Places, run_trial
+
+    experiment = load(args.experiment, args.set)
+    if unknown := [name for name in ray_options["memory_gb"] if name and name not in BACKBONES]:
+        raise UserError(f"--memory-per-trial names {unknown[0]!r}; the backbones are {', '.join(BACKBONES)}")
+    known: dict[str, Result] = {}
+    waiting = sweep.pending(experiment, store, known, args.only)
+    experiment = experiment.after(lambda trial: known.get(trial.id))
+    trials = [trial for trial in experiment.trials(known) if args.only in trial.id]
+    if not trials:
+        raise UserError(f"no trial of {args.experiment} has {args.only!r} in its id: --dry-run lists the ids")
+    if args.dry_run:
+        _print_trials(trials, len(waiting), experiment, as_json=args.json)
+        return experiment, known
+
+    places = Places(
+        data=args.data.absolute(),
+        weights=args.weights and args.weights.absolute(),
+        feature_bytes=int(args.feature_cache * 1e9),
+        checkpoint_seconds=60 * args.checkpoint_minutes,
+        speed=args.speed,
+        processes=processes,
+    )
+    ray_options["plugins"] = experiment.plugins
+    executor = executors.in_process() if args.executor == "local" else executors.through_ray(**ray_options)
+    job = sweep.Job(run_trial, store, places, experiment.plugins)
+    check = partial(sweep.check, elsewhere=args.address is not None)
+    with ExitStack() as stack:
+        told = [stack.enter_context(trackers.named(name, experiment.name)) for name in dict.fromkeys(args.track)]
+        return experiment, sweep.run(experiment, job, executor, only=args.only, check=check, watchers=told)
 
 
 def _print_trials(trials: list[Trial], waiting: int, experiment: Experiment, *, as_json: bool) -> None:
