@@ -22,7 +22,8 @@ METRICS = {"miou": "mIoU", "oiou": "oIoU", **{f"pr@0.{k}": f"Pr@0.{k}" for k in 
 """Scores that a column can show, and the name that its header carries."""
 
 COUNTS = (*(f"params.{f.name}" for f in fields(Params)), "params.tunable")
-COSTS = (*(f"cost.{f.name}" for f in fields(Cost) if f.name not in ("device", "micro_batches")), "cost.epochs")
+_NOT_LISTED = ("device", "micro_batches", "processes")
+COSTS = (*(f"cost.{f.name}" for f in fields(Cost) if f.name not in _NOT_LISTED), "cost.epochs")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,6 +147,8 @@ class Cost:
     device: str
     micro_batches: int | None = None
     """That a batch was split into at the end of the training; None where nobody counted them."""
+    processes: int = 1
+    """That shared the work, each for as long as the trial took."""
 
 
 @dataclass(frozen=True, kw_only=True)

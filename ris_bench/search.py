@@ -167,7 +167,7 @@ class Search:
     trials: int | None = None
     """Suggestions to be made."""
     gpu_hours: float | None = None
-    """Of training and evaluation, after which no suggestion is made."""
+    """Of training and evaluation, counted for each process of a trial, after which no suggestion is made."""
     seed: int = 0
     sampler: Literal["tpe", "random"] = "tpe"
     parallel: int = 4
@@ -265,7 +265,8 @@ class Search:
         """How many suggestions the next wave has."""
         results = {result.trial.id: result for result in known}.values()
         if self.gpu_hours is not None:
-            seconds = sum(r.cost.train_seconds + r.cost.eval_seconds for r in results if r.cost)
+            costs = [result.cost for result in results if result.cost]
+            seconds = sum(cost.processes * (cost.train_seconds + cost.eval_seconds) for cost in costs)
             if seconds >= 3600 * self.gpu_hours:
                 return 0
         if self.trials is not None:

@@ -455,6 +455,7 @@ class _Run:
             tuned_bytes=(self.folder / "tuned.safetensors").stat().st_size,
             device=self.device_name,
             micro_batches=self.loop.parts,
+            processes=self.team.size,
         )
 
     def result(self, status: str, error: str | None) -> Result:

@@ -198,6 +198,8 @@ def test_hours_are_a_budget(tmp_path):
     """Every trial takes one; a wave that has begun is finished."""
     experiment = read(tmp_path, ("trials: 20", "gpu_hours: 10"))
     assert len(played(experiment)) == 12
+    in_two = played(experiment, lambda trial: replace(one := outcome(trial), cost=replace(one.cost, processes=2)))
+    assert len(in_two) == 8
     experiment = read(tmp_path, ("trials: 20", "trials: 6\n  gpu_hours: 10"))
     assert len(played(experiment)) == 6
     # What costs nothing does not go on for ever.
