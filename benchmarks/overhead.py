@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager, redirect_stderr
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,26 +69,15 @@ def no_op(trial: Trial, folder: Path, places: Places, report: Any) -> Result:
     return replace(failed, status="done", error=None, scores={"val": scores}, params=params, cost=cost, history=history)
 
 
-def swept(experiment: Experiment, root: Path, executor: AbstractContextManager) -> float:
-    """Seconds from the first trial to the last table; the executor is entered before."""
+def swept(experiment: Experiment, root: Path, executor: AbstractContextManager[sweep.Execute]) -> float:
+    """Seconds from the first trial to the last table; the executor's start is no part of them."""
     job = sweep.Job(no_op, Store(root), Places(data=Path("/nowhere"), weights=None))
     with executor as execute:
         started = time.perf_counter()
-        # Entered already: `nullcontext` would do, but a sweep enters what it is given.
-        results = sweep.run(experiment, job, _Entered(execute), check=lambda *places: None)
+        results = sweep.run(experiment, job, nullcontext(execute), check=lambda *places: None)
         taken = time.perf_counter() - started
     assert all(result.status == "done" for result in results.values()) and len(results) == len(experiment.runs)
     return taken
-
-
-class _Entered(AbstractContextManager):
-    def __init__(self, execute: sweep.Execute) -> None:
-        self.execute = execute
-
-    def __enter__(self) -> sweep.Execute:
-        return self.execute
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 def bare(experiment: Experiment, root: Path) -> float:
@@ -134,7 +123,7 @@ def main() -> None:
             started = time.perf_counter()
             with executors.through_ray() as execute:
                 found["Ray's start, s"] = time.perf_counter() - started
-                ray = swept(experiment, Path(folder) / "ray", _Entered(execute))
+                ray = swept(experiment, Path(folder) / "ray", nullcontext(execute))
             found["through Ray, ms a trial more"] = 1e3 * (ray - loop) / trials
             found["driver with Ray, MiB at most"] = resident()
         found["the command over complete results, s"] = again(path, Path(folder) / "ray")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ris_bench import sweep
+from ris_bench import code, sweep
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.backbones.weights import Weights
 from ris_bench.data import index
@@ -96,6 +96,16 @@ def _indices(tmp_path_factory):
     folder = tmp_path_factory.mktemp("indices")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(index, "folder", lambda: folder)
+        yield
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Scenes are generated once for all tests of a file, and other processes find them; what is edited meanwhile is
+    no other code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RIS_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(code, "digest", lambda: "the same")
         yield
 
 

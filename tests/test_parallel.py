@@ -22,6 +22,8 @@ from ris_bench.records import Evaluation, Training, Trial
 from ris_bench.training import Loop, train
 from ris_bench.trial import Places, _Run
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 CPU = torch.device("cpu")
 MODELS = {
     "full": ("tiny-clip-rn", "full", {"norm_stats": "batch"}),
@@ -37,15 +39,6 @@ def training(**changes) -> Training:
     # The rate of the papers: what training makes of a rounding grows with it.
     given = {"epochs": 7, "batch_size": 5, "lr": 1e-4, "milestones": (), "gamma": 0.1, "precision": "fp32", "dice": 1.0}
     return Training(**{**given, **changes})
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Scenes are generated once for all tests of this file, and other processes find them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RIS_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(code, "digest", lambda: "the same")
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,14 @@ def test_files_that_it_names_are_there():
     assert [name for name in names if not (ROOT / name).is_file()] == []
 
 
-def test_its_table_is_the_one_that_came_out():
+def test_its_tables_are_those_that_came_out():
     table = (ROOT / "results" / "pet_tiny" / "table.md").read_text(encoding="utf-8")
     assert table.split("\n\n", 1)[1] in README
+    quickstart = (ROOT / "results" / "quickstart" / "table.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"[^|]+", line) for line in quickstart.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 9
+    for row in rows:
+        assert f"| {' | '.join(cell.strip() for cell in row)} |\n" in README
 
 
 def test_the_new_method_runs(tmp_path):

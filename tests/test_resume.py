@@ -29,6 +29,8 @@ from ris_bench.results import Store
 from ris_bench.training import Loop
 from ris_bench.trial import Places, Progress, run_trial
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 ALWAYS = 1e-9
 """Seconds between checkpoints: one after every step."""
 
@@ -53,15 +55,6 @@ TRIALS = {
     "statistics": trial("tiny-clip-rn", "frozen", norm_stats="batch"),
 }
 SPLITS = {"evaluate val", "evaluate testA"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Scenes are generated once for all tests of this file; what is edited while they run is no other code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RIS_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(code, "digest", lambda: "the same")
-        yield
 
 
 def run(one: Trial, folder: Path, seconds: float, report=lambda progress: None) -> Result:
