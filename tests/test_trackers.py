@@ -74,7 +74,7 @@ def test_a_run_holds_settings_curves_and_scores():
     tell(diary := Diary())
     final = {"final/testA/mIoU": 0.25, "final/testA/oIoU": 0.5, "final/testA/Pr_0.5": 0.125}
     cost = {"train_seconds": 8.0, "eval_seconds": 2.0, "train_images_per_second": 16.0}
-    cost |= {"peak_memory_bytes": 1, "tuned_bytes": 1}
+    cost |= {"peak_memory_bytes": 1, "tuned_bytes": 1, "processes": 1}
     assert diary.lines == [
         ("open", 1e-3, 4),
         ("log", {"train/step_loss": 0.75, "train/images_per_second": 100.0}, "step", 3),
