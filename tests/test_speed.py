@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,18 @@ from conftest import inputs, tiny_model
 from torch import nn
 from torch.nn import functional as F
 
-from ris_bench import speed
+from ris_bench import evaluation, speed
 from ris_bench.backbones.base import BACKBONES
+from ris_bench.data.dataset import DATASETS
+from ris_bench.data.loading import ReferentBatches, Tokenizer
 from ris_bench.head import HEADS
-from ris_bench.methods.base import Method
-from ris_bench.model import Encoded
+from ris_bench.methods.base import METHODS, Method
+from ris_bench.model import Encoded, RISModel
+from ris_bench.records import Training
 from ris_bench.speed import Layers, doubled_convolution
+from ris_bench.training import Loop, train
+
+SLICE = Path(__file__).parents[2] / "shared" / "refcocog_slice"
 
 
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 4), (5, 2), (7, 6)])
@@ -31,9 +38,9 @@ def test_a_convolution_of_a_doubled_map(height, width):
         torch.testing.assert_close(mine, theirs)
 
 
-def outcome(model, way: speed.Speed) -> tuple[torch.Tensor, torch.Tensor]:
+def outcome(model, way: speed.Speed, batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits, and all gradients in one vector."""
-    images, tokens = inputs(model)
+    images, tokens = inputs(model, batch)
     speed.choose(model, way)
     model.zero_grad()
     torch.manual_seed(0)
@@ -177,31 +184,57 @@ def test_every_head_agrees_in_training_mode_too(head):
     torch.testing.assert_close(fast_gradients, plain_gradients, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.full_size
-@pytest.mark.parametrize("backbone", ["clip-r101", "clip-vit-b16", "dinov2-b"])
-def test_the_full_size_head_agrees(backbone):
-    """On random maps of a full-size tower, which itself computes in one way only."""
-    with torch.device("meta"):
-        towers = BACKBONES[backbone](None)
-    torch.manual_seed(0)
-    head = HEADS["etris"](towers, dropout=0.0).eval()
-    side = towers.image_size // towers.image.strides[1]
-    maps = tuple(
-        torch.randn(1, channels, side * towers.image.strides[1] // stride, side * towers.image.strides[1] // stride)
-        for channels, stride in zip(towers.image.out_channels, towers.image.strides, strict=True)
-    )
-    words, sentence = torch.randn(1, 17, towers.word_width), torch.randn(1, towers.sentence_width)
-    pad = torch.zeros(1, 17, dtype=torch.bool)
-    from ris_bench.backbones.base import Features
+FULL_SIZE = {
+    "clip-r101": ("bridger", {}, "etris"),
+    "clip-vit-b16": ("bridger", {"width": 128, "heads": 8}, "etris"),
+    "dinov2-b": ("detris", {}, "detris"),
+}
+"""The papers' models."""
 
-    logits = {}
-    with torch.inference_mode():
-        for way in ("fast", "plain"):
-            speed.choose(head, way)
-            logits[way] = head(Features(maps, words, sentence, pad))
-        exact = copy.deepcopy(head).double()
-        doubles = Features(tuple(m.double() for m in maps), words.double(), sentence.double(), pad)
-        expected = exact(doubles)
-    errors = {way: (found.double() - expected).abs().max() / expected.std() for way, found in logits.items()}
-    assert errors["fast"] <= max(1.5 * errors["plain"], 1e-6) and errors["fast"] <= 5e-4
-    assert ((logits["fast"] > 0) != (logits["plain"] > 0)).float().mean() <= 1e-5
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("backbone_name", FULL_SIZE)
+def test_full_size_models_agree(backbone_name):
+    """With random weights, and photos of half the size, which take a quarter of the time."""
+    method, options, head = FULL_SIZE[backbone_name]
+    torch.manual_seed(0)
+    backbone = BACKBONES[backbone_name](None, image_size=224)
+    model = RISModel(backbone, METHODS[method](backbone, **options), HEADS[head](backbone)).eval()
+    fast, fast_gradients = outcome(model, "fast", batch=1)
+    plain, plain_gradients = outcome(model, "plain", batch=1)
+    expected, expected_gradients = outcome(model.double(), "plain", batch=1)
+    errors = off(fast, expected), off(plain, expected)
+    assert errors[0] <= max(1.5 * errors[1], 1e-6) and errors[0] <= 5e-4, errors
+    wrong = [
+        ((found - expected_gradients).norm() / expected_gradients.norm()).item()
+        for found in (fast_gradients.double(), plain_gradients.double())
+    ]
+    assert wrong[0] <= max(1.5 * wrong[1], 1e-5) and wrong[0] <= 2e-3, wrong
+    assert ((fast > 0) != (plain > 0)).double().mean() <= 1e-5
+
+
+@pytest.mark.skipif(not SLICE.is_dir(), reason="the slice of real RefCOCOg is not there")
+@pytest.mark.parametrize(
+    "backbone, method", [("tiny-clip-rn", "bridger"), ("tiny-clip-vit", "lora"), ("tiny-dino", "detris")]
+)
+def test_masks_of_photos_are_the_same(backbone, method):
+    model = tiny_model(backbone, method)
+    samples = DATASETS["refcocog-google"]().read(SLICE, "val")
+    tokenizer, device = Tokenizer(20, model.backbone.vocab_size), torch.device("cpu")
+    # For as long as it takes to be sure of something: a model that has seen nothing is at its threshold everywhere.
+    batches = ReferentBatches(samples, tokenizer, model.backbone.image_size, batch_size=6, seed=0)
+    training = Training(epochs=10, batch_size=6, lr=1e-3, milestones=(), gamma=0.1, precision="fp32")
+    for _ in train(Loop(model, training, device), batches, lambda loss: None):
+        pass
+    found = {}
+    for way in ("fast", "plain"):
+        speed.choose(model, way)
+        settings = {"tokenizer": tokenizer, "batch_size": 8, "device": device, "threshold": 0.35}
+        with evaluation.inference(model):
+            found[way] = list(evaluation.masks(model, samples, **settings))
+    flipped = pixels = covered = 0
+    for (index, fast_BHW), (same, plain_BHW) in zip(found["fast"], found["plain"], strict=True):
+        assert index == same
+        flipped += (fast_BHW != plain_BHW).sum().item()
+        pixels, covered = pixels + plain_BHW.numel(), covered + plain_BHW.sum().item()
+    assert 0.002 * pixels < covered < 0.998 * pixels and flipped <= 1e-5 * pixels, (flipped, covered, pixels)
