@@ -32,7 +32,7 @@ from ris_bench.model import RISModel
 from ris_bench.official import DESCRIPTION, describe
 from ris_bench.records import Choice, Evaluation
 from ris_bench.remote import store_at
-from ris_bench.training import reduced
+from ris_bench.training import reduced, settle
 from ris_bench.trial import EVAL_BATCH_SIZE, LOADING_PROCESSES
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -150,6 +150,8 @@ def load(
         device: None is CUDA where there is one.
         way: "plain" computes as the papers' code does, "fast" the same in less time.
 
+    It computes in the precision of its trial, or in fp32; whether that is TF32 (see `settle`) holds for the process.
+
     Raises UserError where there is no such model, or it does not fit its weights.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -159,7 +161,7 @@ def load(
         word_len, own = _said(record, "input", "length"), _said(record, "output", "threshold")
         if word_len is not None and not (isinstance(word_len, int) and 3 <= word_len <= 1000):
             raise UserError(f"{folder / DESCRIPTION} says that expressions have {word_len!r} tokens: 3 to 1000 can be")
-        dataset, autocast = None, None
+        dataset, precision = None, "fp32"
     elif folder.is_dir() and not (folder / "result.json").is_file():
         raise UserError(
             f"{folder} holds neither {DESCRIPTION}, as an exported model does, nor result.json, as a trial does"
@@ -168,12 +170,13 @@ def load(
         result, tuned = export.trained(store_at(results).find(os.fspath(checkpoint)))
         trial = result.trial
         model, dataset, own = export.rebuild(result, tuned, weights), trial.dataset, trial.eval.threshold
-        word_len, autocast = DATASETS.build(dataset).word_len, reduced(trial.train.precision, device)
+        word_len, precision = DATASETS.build(dataset).word_len, trial.train.precision
     threshold = next(value for value in (threshold, own, Evaluation.threshold) if value is not None)
     if not (isinstance(threshold, float) and 0 < threshold < 1):
         raise UserError(f"a threshold is a probability between 0 and 1, not {threshold!r}")
     speed.choose(model.to(device), way)
-    return Predictor(model, threshold, device, word_len, dataset, autocast)
+    settle(precision, device)
+    return Predictor(model, threshold, device, word_len, dataset, reduced(precision, device))
 
 
 def read_photo(image: Photo) -> Image.Image:

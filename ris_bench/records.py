@@ -31,8 +31,12 @@ class Training:
     milestones: tuple[int, ...]
     """Epochs after which the learning rate is multiplied by `gamma`."""
     gamma: float
-    precision: Literal["fp32", "fp16", "bf16"]
-    """Arithmetic of the forward pass on a GPU; a CPU always computes in fp32."""
+    precision: Literal["fp32", "tf32", "fp16", "bf16"]
+    """Arithmetic on a GPU; a CPU always computes in fp32.
+
+    fp32 is that everywhere. tf32 rounds what enters products and convolutions to 10 bits of mantissa, in the forward
+    and the backward pass. fp16 and bf16 are PyTorch's autocast; what that leaves in fp32 is fp32.
+    """
     accumulate: int = 1
     """Micro-batches that a batch is split into: less memory, the same batch size."""
     dice: float = 0.0

@@ -19,10 +19,23 @@ from ris_bench.records import Epoch, Training
 
 
 def reduced(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype of mixed precision, or None for fp32: a CPU computes in fp32 whatever is asked."""
+    """The dtype of mixed precision; None where there is none, as on a CPU, which computes in fp32 whatever is asked."""
     if device.type == "cpu":
         return None
-    return {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    return {"fp32": None, "tf32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+def settle(precision: str, device: torch.device) -> str:
+    """Have this process compute with fp32 numbers as the `Training.precision` says, and tell what that really is.
+
+    Left alone, PyTorch takes TF32 for convolutions and not for products. A CPU has fp32 alone, and a GPU older than
+    NVIDIA's Ampere no TF32.
+    """
+    if device.type == "cpu" or (precision == "tf32" and torch.cuda.get_device_capability(device) < (8, 0)):
+        precision = "fp32"
+    # Not by their successors, `fp32_precision`: PyTorch 2.5 has none, and a compiler reads these.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return precision
 
 
 def segmentation_loss(logits_B1hw: Tensor, mask_B1HW: Tensor, dice: float) -> Tensor:

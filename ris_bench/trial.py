@@ -37,7 +37,7 @@ from ris_bench.parallel import ALONE, Team
 from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial, plain
 from ris_bench.results import CHECKPOINTS
 from ris_bench.speed import Speed, choose
-from ris_bench.training import Loop, fit, out_of_memory, reduced, train, under
+from ris_bench.training import Loop, fit, out_of_memory, reduced, settle, train, under
 
 SHUFFLED = "/shuffled"
 EVAL_BATCH_SIZE = 32
@@ -144,6 +144,8 @@ class _Run:
             torch.set_num_threads(1)
         else:
             torch.cuda.reset_peak_memory_stats()
+        self.precision = settle(trial.train.precision, self.device)
+        """The arithmetic that is really used."""
         self.places, self.weights = places, Weights(places.weights)
         self.started = datetime.now(timezone.utc)
         self.params: Params | None = None
@@ -356,12 +358,6 @@ class _Run:
         on_gpu = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if on_gpu else f"CPU ({platform.machine()}), 1 thread"
         return name if self.team.size == 1 else f"{self.team.size} x {name}"
-
-    @property
-    def precision(self) -> str:
-        """The arithmetic that is really used."""
-        asked = self.trial.train.precision
-        return "fp32" if reduced(asked, self.device) is None else asked
 
     @property
     def settings(self) -> dict:

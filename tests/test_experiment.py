@@ -170,7 +170,7 @@ REFUSED = [
     ("[35]", "[0] #!", "train.milestones is [0]", "at least 1"),
     ("[35]", "35 #!", "train.milestones is 35", "list of int"),
     ("gamma: 0.1", "gamma: 1.5 #!", "train.gamma is 1.5", "at most 1"),
-    ("fp16", "fp8 #!", "train.precision is 'fp8'", "'fp32', 'fp16', 'bf16'"),
+    ("fp16", "fp8 #!", "train.precision is 'fp8'", "'fp32', 'tf32', 'fp16', 'bf16'"),
     ("gamma: 0.1", "gamma: 0.1\n    split: trian #!", "train.split is 'trian'", "train, val, testA, testB"),
     ("gamma: 0.1", "gamma: 0.1\n    split: testA #!", "train.split is 'testA'", "no test split"),
     ("select_on: val", "select_on: dev #!", "eval.select_on is 'dev'", "val, testA, testB"),

@@ -10,7 +10,7 @@ from torch import nn
 from ris_bench.data.loading import Batch
 from ris_bench.head import coordinates
 from ris_bench.records import Training
-from ris_bench.training import Loop, learning_rate, reduced, segmentation_loss, train
+from ris_bench.training import Loop, learning_rate, reduced, segmentation_loss, settle, train
 
 CPU = torch.device("cpu")
 
@@ -170,6 +170,27 @@ def test_dice_is_zero_for_the_truth_and_one_for_its_opposite():
 def test_a_cpu_computes_in_full_precision():
     assert [reduced(p, CPU) for p in ("fp32", "fp16", "bf16")] == [None] * 3
     assert reduced("bf16", torch.device("cuda")) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "asked, device, capability, used",
+    [
+        ("fp32", "cuda", (9, 0), "fp32"),
+        ("tf32", "cuda", (8, 0), "tf32"),
+        ("tf32", "cuda", (7, 5), "fp32"),
+        ("bf16", "cuda", (9, 0), "bf16"),
+        ("tf32", "cpu", None, "fp32"),
+        ("fp16", "cpu", None, "fp32"),
+    ],
+)
+def test_tf32_is_used_where_it_is_asked_for_and_nowhere_else(asked, device, capability, used, monkeypatch):
+    torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = used != "tf32", True
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert settle(asked, torch.device(device)) == used
+    assert torch.backends.cuda.matmul.allow_tf32 == torch.backends.cudnn.allow_tf32 == (used == "tf32")
+    # What a compiler asks must be answered: PyTorch refuses where old and new switches say different things.
+    assert torch.get_float32_matmul_precision() == ("high" if used == "tf32" else "highest")
+    settle("fp32", CPU)
 
 
 def test_coordinates_run_from_edge_to_edge():
