@@ -221,7 +221,7 @@ def forward(
 ) -> Tensor:
     """Logits (B, h, w), on `device`, of expressions of images that lie anywhere: each of the one in its row."""
     with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        known = model.known(image_U3HW.to(device))
+        known = model.known(image_U3HW.to(device, non_blocking=True))
         size = len(row_B) if device.type != "cpu" else max(1, _PIXELS_AT_ONCE // model.backbone.image_size**2)
         parts = zip(row_B.to(device).split(size), tokens_BL.to(device).split(size), strict=True)
         return torch.cat([model(known[part_B], part_BL) for part_B, part_BL in parts])[:, 0]

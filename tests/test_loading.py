@@ -12,7 +12,10 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 
+from ris_bench.backbones.base import Known
 from ris_bench.data import loading
 from ris_bench.data.loading import Batch, ReferentBatches, Tokenizer, expression_batches
 from ris_bench.data.refcoco import refcocog_google
@@ -196,6 +199,30 @@ def test_workers_change_nothing(samples: list[Sample]) -> None:
     assert same(batches(samples).epoch(0), batches(samples, num_workers=2).epoch(0))
     evaluated = (expression_batches(samples, FULL, 32, 4, num_workers=n) for n in (0, 2))
     assert same(*evaluated)
+
+
+def test_what_goes_to_a_gpu_is_pinned(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def loader(batches: Iterable[Batch], **settings: object) -> Iterable[Batch]:
+        asked.append(settings["pin_memory"])
+        return batches
+
+    monkeypatch.setattr(loading, "DataLoader", loader)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for workers in (0, 1):
+        next(ReferentBatches(samples, Tokenizer(17), 32, 4, seed=0, num_workers=workers).epoch(0))
+    assert asked == [False, True]
+
+    # All that a batch holds is, what is known of images too.
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor, *device: pinned.append(tensor) or tensor)
+    known = Known(None, (None, torch.zeros(2, 3), torch.zeros(2, 4)))
+    batch = Batch(
+        known, torch.arange(2), torch.ones(2, 4, dtype=torch.long), torch.ones(2, 1, 8, 8), torch.arange(2), 2
+    )
+    found = pin_memory(batch)
+    assert len(pinned) == 6 and isinstance(found.image_U3HW, Known) and found.size == 2
 
 
 @pytest.mark.parametrize("budget", [0, 32 * 32 * 3 + 10, 2**30])

@@ -146,6 +146,10 @@ class Known:
     def to(self, *args: Any, **kwargs: Any) -> Known:
         return self._each(lambda tensor: tensor.to(*args, **kwargs))
 
+    def pin_memory(self) -> Known:
+        """As a `DataLoader` asks for it."""
+        return self._each(Tensor.pin_memory)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Known:
         state, *following = (None if tensor is None else change(tensor) for tensor in (self.state, *self.following))
         return Known(state, tuple(following))

@@ -216,7 +216,11 @@ def _cut(order: list[int], batch_size: int) -> list[list[int]]:
 
 def _load(batches: _Batches, num_workers: int) -> Iterator[Batch]:
     # Its own generator: DataLoader would draw from torch's, and with it shift every dropout mask that follows.
-    for batch in DataLoader(batches, batch_size=None, num_workers=num_workers, generator=torch.Generator()):
+    generator = torch.Generator()
+    # From pinned memory a GPU copies for itself, without this process.
+    pinned = num_workers > 0 and torch.cuda.is_available()
+    loader = DataLoader(batches, batch_size=None, num_workers=num_workers, generator=generator, pin_memory=pinned)
+    for batch in loader:
         if isinstance(batch, UserError):
             raise batch
         yield batch
