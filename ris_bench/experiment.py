@@ -171,6 +171,8 @@ def _rules(trial: Trial, dataset: Dataset) -> Iterator[tuple[str, bool, str]]:
     most = train.batch_size // 2
     yield "train.accumulate", 1 <= train.accumulate <= most, f"from 1 to {most}, so that a micro-batch has 2 referents"
     yield "train.dice", 0 <= train.dice < math.inf, "at least 0"
+    together = 1 <= train.expressions_per_image <= train.batch_size
+    yield "train.expressions_per_image", together, f"from 1 to {train.batch_size}, the train.batch_size"
     yield "train.split", train.split in trained, f"a split of {dataset.name}: {', '.join(trained)}"
     yield "train.split", not train.split.startswith("test"), "no test split: those are only for the final scores"
     yield "eval.select_on", evaluation.select_on in dataset.eval_splits, f"a split of {dataset.name}: {splits}"

@@ -40,8 +40,15 @@ class RISModel(TwoWays):
         super().__init__()
         self.backbone, self.method, self.head = backbone, method, head
 
-    def forward(self, image: Tensor | Known | Encoded, tokens_BL: Tensor) -> Tensor:
-        """What `known` says of images can stand in their place."""
+    def forward(self, image: Tensor | Known | Encoded, tokens_BL: Tensor, row_B: Tensor | None = None) -> Tensor:
+        """What `known` says of images can stand in their place.
+
+        Expression i is of image i or, where there is `row_B`, of image `row_B[i]`: what the image tower makes of an
+        image whatever stands in other rows is then computed once (`ImageTower.shared`), unless the towers meet.
+        """
+        if row_B is not None:
+            shared = self.fast and self._apart and not isinstance(image, Encoded)
+            image = self.backbone.image.shared(image, row_B) if shared else image[row_B]
         if not isinstance(image, Encoded):
             return self.head(self.method(self.backbone, image, tokens_BL))
         features = Features(image.maps_BCHW, *self.backbone.encode_text(tokens_BL))
@@ -55,11 +62,15 @@ class RISModel(TwoWays):
         """
         if not self.fast:
             return image
-        apart = type(self.method).forward is Method.forward
-        if self.training or torch.is_grad_enabled() or not apart or isinstance(image, Known):
+        if self.training or torch.is_grad_enabled() or not self._apart or isinstance(image, Known):
             return self.backbone.image.known(image)
         maps = self.backbone.encode_image(image)
         return Encoded(self.head.prepare(maps) if self._prepares else maps)
+
+    @property
+    def _apart(self) -> bool:
+        """Whether the towers do not meet."""
+        return type(self.method).forward is Method.forward
 
     @property
     def _prepares(self) -> bool:

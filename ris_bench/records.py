@@ -49,6 +49,9 @@ class Training:
     """
     stop_below: tuple[tuple[int, float], ...] = ()
     """Epochs with a score: training ends after one of them if the best validation score so far is lower."""
+    expressions_per_image: int = 1
+    """So many referents of an image come side by side, with an expression each (see `ReferentBatches`): what reads no
+    sentence is computed once for them. With 1 each comes when it is its own turn, as the papers have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +227,7 @@ class Result:
         )
 
 
-_LATER = (("code", None), ("out_of_memory", "fail"), ("stop_below", ()))
+_LATER = (("code", None), ("out_of_memory", "fail"), ("stop_below", ()), ("expressions_per_image", 1))
 """Fields that trials once were without: with this value they are left out, so that a trial is still the same trial."""
 
 

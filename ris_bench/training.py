@@ -179,7 +179,10 @@ class Loop:
             rows = slice(start, stop) if number else slice(0, 1)
             with batch_norms(self.team, present=number > 0):
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                    logits = self.model(known[row_B[rows]], tokens_BL[rows])
+                    if self.training.expressions_per_image > 1:
+                        logits = self.model(known, tokens_BL[rows], row_B[rows])
+                    else:
+                        logits = self.model(known[row_B[rows]], tokens_BL[rows])
                 weighted = segmentation_loss(logits, mask_B1HW[rows], self.training.dice) * (number / size)
                 self.scaler.scale(weighted).backward()
             loss += weighted.item()

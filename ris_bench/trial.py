@@ -197,6 +197,7 @@ class _Run:
             self.loading_processes,
             self.features(model, learnt),
             self.team,
+            training.expressions_per_image,
         )
         self.steps = len(batches) * training.epochs
         sizes = ", ".join(f"{len(expressions)} expressions in {split}" for split, expressions in samples.items())

@@ -162,6 +162,7 @@ REFUSED = [
     ("batch_size: 32", "batch_size: 1 #!", "train.batch_size is 1", "at least 2"),
     ("batch_size: 32", "batch_size: 32\n    accumulate: 17 #!", "train.accumulate is 17", "from 1 to 16"),
     ("batch_size: 32", "batch_size: 32\n    accumulate: 0 #!", "train.accumulate is 0", "from 1 to 16"),
+    ("batch_size: 32", "batch_size: 32\n    expressions_per_image: 33 #!", "image is 33", "from 1 to 32"),
     ("batch_size: 32", "batch_size: 32\n    dice: -1 #!", "train.dice is -1"),
     ("lr: 1.0e-4", "lr: 0 #!", "train.lr is 0.0", "greater than 0"),
     ("lr: 1.0e-4", "lr: .nan #!", "train.lr is nan"),

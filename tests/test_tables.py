@@ -284,6 +284,12 @@ def test_the_chosen_value_is_shown_and_told(tmp_path):
     assert "- 8 of 8 trials done." in table.markdown
 
 
+def test_expressions_that_were_trained_side_by_side_are_told(tmp_path):
+    tables = [render(read(tmp_path, sets=sets), {}) for sets in ((), ("train.expressions_per_image=2",))]
+    assert ["Up to 2 expressions of an image" in table.markdown for table in tables] == [False, True]
+    assert r"(train.expressions\_per\_image)" in tables[1].latex
+
+
 def test_a_table_is_written_whole(tmp_path):
     experiment = read(tmp_path)
     write(render(experiment, {}), tmp_path / "a" / "b")

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from ris_bench.errors import UserError
 from ris_bench.registry import Registry
@@ -179,16 +179,39 @@ class ImageTower(Tower):
         """
         if isinstance(image, Known) or not self.untouched:
             return image
-        states: list[Tensor | None] = []
-        x = image
         with torch.no_grad():
-            for number in range(self.untouched):
-                x = self.step(number, x)
-                states.append(x)
-        for number in range(len(states) - 1):
+            return self._gone_through(self.untouched, image)
+
+    def shared(self, image: Tensor | Known, row_B: Tensor) -> Tensor | Known:
+        """What follows of `image[row_B]`, with gradient, where rows of one image share as many steps as they can.
+
+        It is the same but for rounding, also in training mode. There a norm takes the statistics of the batch, in which
+        an image counts as often as it has rows, and dropout draws for each row anew: the step with the first of them,
+        and all after it, have a row for each expression.
+        """
+        steps = self._steps_apart()
+        used_U, own_B = row_B.unique(return_inverse=True)
+        known = len(image.following) if isinstance(image, Known) else 0
+        if steps <= known or len(used_U) == len(row_B):
+            return image[row_B]
+        return self._gone_through(steps, image[used_U])[own_B]
+
+    def _steps_apart(self) -> int:
+        """How many leading steps make of an image the same in every row of a batch, whatever stands in the others."""
+        staged = [set(stage.modules()) for stage in self.stages]
+        if any(_ties_rows(module) for module in set(self.modules()).difference(*staged)):
+            return 0  # in the stem, or in the head, where there is little to share
+        ties = [any(map(_ties_rows, modules)) for modules in staged]
+        return 1 + ties.index(True) if True in ties else len(staged) + 2
+
+    def _gone_through(self, steps: int, image: Tensor | Known) -> Known:
+        """The states that so many steps make of images, of which some may be known."""
+        x, states = image, []
+        for number in range(steps):
+            x = self.step(number, x)
             # Of what the tower has passed, the model's head receives the maps of all stages but the last.
-            if not 0 < number < len(self.stages):
-                states[number] = None
+            wanted = number == steps - 1 or 0 < number < len(self.stages)
+            states.append((x.state if isinstance(x, Known) else x) if wanted else None)
         return Known(None, tuple(states))
 
     def map_of(self, x: Tensor | Known) -> Tensor:
@@ -202,6 +225,17 @@ class ImageTower(Tower):
     def add_map(self, x: Tensor, delta_BCHW: Tensor) -> Tensor:
         """State plus a map; tokens that stand for no place stay as they are."""
         raise NotImplementedError
+
+
+def _ties_rows(module: nn.Module) -> bool:
+    """Whether in the mode that it is in a module makes of a row what other rows, or a draw for that row, ask for.
+
+    By what it is: a norm of PyTorch, or something with a rate of dropping as PyTorch, timm and open_clip call it.
+    """
+    if isinstance(module, _NormBase):
+        return module.training or module.running_mean is None
+    rates = (getattr(module, name, None) for name in ("p", "dropout", "drop_prob", "prob"))
+    return module.training and any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 
 
 class Backbone(nn.Module):

@@ -66,6 +66,11 @@ class ReferentBatches:
 
     The expression is drawn from (seed, epoch, referent) and the order from (seed, epoch). The last batch may be
     smaller; if a single sample were left for it, that sample joins the batch before, since BatchNorm needs two.
+
+    With `expressions_per_image` N > 1 the order is one of groups. In every epoch the referents of each image are
+    shuffled and cut into groups of N, the last of which may be smaller; a group comes when it is the turn of its first
+    referent, and the others follow. Nothing else changes: neither the expressions of an epoch nor the sizes of its
+    batches, the end of which may part a group.
     """
 
     def __init__(
@@ -78,12 +83,19 @@ class ReferentBatches:
         num_workers: int = 0,
         known: Callable[[Sequence[Sample]], Any] | None = None,
         team: Team = ALONE,
+        expressions_per_image: int = 1,
     ) -> None:
         """`known` gives what stands in the place of the samples' images, which are then not read.
 
         Each process of the team has its share of every batch.
         """
-        self._referents, self._keys = referents(samples), draw_keys(samples)
+        self._referents = referents(samples)
+        keys = draw_keys(samples)
+        self._keys = [keys[positions[0]] for positions in self._referents]
+        images: dict[Path, int] = {}
+        shown = (samples[positions[0]].image_path for positions in self._referents)
+        self._image_R = np.array([images.setdefault(path, len(images)) for path in shown])
+        self._together = expressions_per_image
         if self.num_referents < 2:
             raise UserError(f"training needs at least 2 referents and has {self.num_referents}; use another split")
         self._samples, self._batch_size, self._seed, self._num_workers = samples, batch_size, seed, num_workers
@@ -107,12 +119,27 @@ class ReferentBatches:
         return _load(batches, self._num_workers)
 
     def _plan(self, epoch: int) -> list[list[int]]:
+        turn_R = self._draws("order", epoch)
+        order_R = np.argsort(turn_R)
+        if self._together > 1:
+            by_image_R = np.lexsort((self._draws("group", epoch), self._image_R))
+            _, start_I, number_I = np.unique(self._image_R[by_image_R], return_index=True, return_counts=True)
+            place_R = np.arange(len(turn_R)) - start_I.repeat(number_I)  # in its image
+            first_R = by_image_R[np.arange(len(turn_R)) - place_R % self._together]  # of its group
+            order_R = by_image_R[np.lexsort((place_R, turn_R[first_R]))]
         chosen = []
-        for positions in self._referents:
-            key = self._keys[positions[0]]
-            sentence = draw("sentence", self._seed, epoch, *key) % len(positions)
-            chosen.append((draw("order", self._seed, epoch, *key), positions[sentence]))
-        return self._cut([position for _, position in sorted(chosen)])
+        for referent in order_R.tolist():
+            positions = self._referents[referent]
+            sentence = 0
+            if len(positions) > 1:
+                sentence = draw("sentence", self._seed, epoch, *self._keys[referent]) % len(positions)
+            chosen.append(positions[sentence])
+        return self._cut(chosen)
+
+    def _draws(self, what: str, epoch: int) -> np.ndarray:
+        """(R,) uint64, for every referent."""
+        draws = (draw(what, self._seed, epoch, *key) for key in self._keys)
+        return np.fromiter(draws, np.uint64, len(self._keys))
 
     def _cut(self, order: list[int]) -> list[list[int]]:
         plan = _cut(order, self._batch_size)

@@ -390,6 +390,12 @@ def _notes(
     selected = " or ".join(_distinct(f"{t.eval.select_on} by {METRICS[t.eval.metric]}" for t in trials))
     trained = " or ".join(_distinct(trial.train.split for trial in trials))
     yield f"Trained on {trained}; checkpoint selected on {selected}."
+    together = _distinct(trial.train.expressions_per_image for trial in trials)
+    if together != ["1"]:
+        yield (
+            f"Up to {' or '.join(together)} expressions of an image are trained on side by side "
+            "(train.expressions_per_image); in the papers each comes when it is its own turn."
+        )
     for axis in experiment.choose:
         cells = [cell for cell in experiment.cells() if len({run.axes[axis] for run in cell}) > 1]
         values = " or ".join(_distinct(", ".join(_distinct(run.axes[axis] for run in cell)) for cell in cells))
