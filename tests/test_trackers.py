@@ -1,6 +1,7 @@
 """What trackers are told, by one that writes it down, and by the packages themselves where they are installed."""
 
 import sys
+import time
 from dataclasses import replace
 
 import pytest
