@@ -21,7 +21,8 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
@@ -152,8 +153,20 @@ def batch_norms(team: Team, present: bool) -> Iterator[None]:
 
     PyTorch's SyncBatchNorm does this for modules on GPUs.
     """
-    with _BatchNorms(team, present) if team.size > 1 else nullcontext():
+    if team.size == 1:
         yield
+        return
+    with _BatchNorms(team, present) as norms:
+        token = _NORMS.set(norms)
+        try:
+            yield
+        finally:
+            _NORMS.reset(token)
+
+
+def same_batch_norms() -> AbstractContextManager[Any]:
+    """The `batch_norms` that holds here, for what is computed again in the backward pass, where PyTorch lifts it."""
+    return _NORMS.get() or nullcontext()
 
 
 class _BatchNorms(TorchFunctionMode):
@@ -184,6 +197,9 @@ class _BatchNorms(TorchFunctionMode):
             running_mean.lerp_(mean_C.to(running_mean), momentum)
             running_var.lerp_((var_C * total / (total - 1)).to(running_var), momentum)  # the unbiased one
         return y
+
+
+_NORMS: ContextVar[_BatchNorms | None] = ContextVar("batch_norms", default=None)
 
 
 class _Normalised(torch.autograd.Function):

@@ -6,7 +6,9 @@ Both run on the same parameters. Tests hold them equal, and `benchmarks/speed.py
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import lru_cache
+from contextlib import nullcontext
+from contextvars import copy_context
+from functools import lru_cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+from ris_bench.parallel import same_batch_norms
 
 Speed = Literal["plain", "fast"]
 
@@ -24,8 +29,45 @@ class TwoWays(nn.Module):
     fast = True
 
 
-def choose(model: nn.Module, speed: Speed) -> None:
-    """How every module of the model computes that knows two ways, and how its convolutions lie in memory.
+class Region(nn.Module):
+    """A part that repeats, such as a block of a tower, whose work can be done again in the backward pass."""
+
+    recomputed = False
+    """Whether the backward pass works out anew what it needs from inside, so that the forward pass keeps only what
+    enters: all blocks are computed twice, in the memory of one."""
+
+    def __call__(self, *args: Any) -> Any:
+        call = super().__call__
+        if not (self.recomputed and torch.is_grad_enabled()):
+            return call(*args)
+        # By context variables a method tells its modules what they do not receive: the second time as the first.
+        again = partial(copy_context().run, call)
+        return checkpoint(again, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _Again(self)))
+
+
+class _Again:
+    """Norms in the second pass through a region: over the same rows; and running means and variances, which the first
+    has moved, are moved in copies."""
+
+    def __init__(self, region: Region) -> None:
+        self._norms = [m for m in region.modules() if isinstance(m, _BatchNorm) and m.training]
+        self._rows = same_batch_norms()
+
+    def __enter__(self) -> None:
+        self._rows.__enter__()
+        self._moved = [dict(norm._buffers) for norm in self._norms]
+        for norm, buffers in zip(self._norms, self._moved, strict=True):
+            norm._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
+
+    def __exit__(self, *error: Any) -> None:
+        for norm, buffers in zip(self._norms, self._moved, strict=True):
+            norm._buffers.update(buffers)
+        self._rows.__exit__(*error)
+
+
+def choose(model: nn.Module, speed: Speed, recompute: bool = False) -> None:
+    """How every module of the model computes that knows two ways, and how its convolutions lie in memory; and whether
+    its regions are recomputed.
 
     With channels last, a training step on a CPU takes 0.8 of the time where the tower is a ResNet.
     """
@@ -34,6 +76,8 @@ def choose(model: nn.Module, speed: Speed) -> None:
     for module in model.modules():
         if isinstance(module, TwoWays):
             module.fast = speed == "fast"
+        if isinstance(module, Region):
+            module.recomputed = recompute
 
 
 class Kept:

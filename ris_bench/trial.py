@@ -56,6 +56,9 @@ class Places(NamedTuple):
     checkpoint_seconds: float = 0
     """How much of a training may be lost if its process dies; 0 writes no checkpoints."""
     speed: Speed = "fast"
+    recompute: bool = False
+    """Whether the activations inside the towers' blocks are computed again in the backward pass, to need less memory.
+    """
     processes: int = 1
     """How many share the work of a trial, each with a GPU of its own or, without GPUs, a core (see `parallel`)."""
 
@@ -177,7 +180,7 @@ class _Run:
         dataset = DATASETS.build(trial.dataset)
         dataset.locate(self.places.data)
         model = build(trial, self.weights).to(self.device)
-        choose(model, self.places.speed)
+        choose(model, self.places.speed, self.places.recompute)
         self.params = model.count()
         self.log(f"{trial.id} on {self.device_name}: {self.params}")
         self.tokenizer = Tokenizer(dataset.word_len, model.backbone.vocab_size)

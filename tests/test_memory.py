@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import inputs
+from conftest import PAIRS, inputs, tiny_model
 from torch import Tensor
 
 from ris_bench import speed
@@ -27,15 +28,20 @@ def kept() -> Iterator[list[Tensor]]:
         yield tensors
 
 
-def step(model: RISModel) -> tuple[Tensor, list[Tensor]]:
-    """A forward and a backward pass as in training: the loss, and what was kept between the two."""
+def step(model: RISModel) -> tuple[dict[str, Tensor], int]:
+    """What two steps come to, and the bytes that are kept between forward and backward pass, parameters excluded."""
     images, tokens = inputs(model)
     torch.manual_seed(0)
-    with kept() as tensors:
-        logits = model(model.known(images), tokens)
-    loss = logits.square().mean()
-    loss.backward()
-    return loss.detach(), tensors
+    for part in (images, images.flip(3)):
+        with kept() as tensors:
+            logits = model(model.known(part), tokens)
+        loss = logits.square().mean()
+        loss.backward()
+    found = {"loss": loss.detach()} | model.moving_statistics()
+    found |= {f"gradient of {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {storage.data_ptr(): storage.nbytes() for storage in map(Tensor.untyped_storage, tensors)}
+    return found, sum(size for place, size in storages.items() if place not in own)
 
 
 @pytest.mark.parametrize("way", ["plain", "fast"])
@@ -57,5 +63,30 @@ def test_nothing_is_kept_of_steps_that_depend_on_nothing_tuned(model, way):
         steps = [(tower, "stem"), *((stage, "forward") for stage in tower.stages), (tower, "head")]
         for owner, name in steps[: tower.untouched]:
             setattr(owner, name, watch(getattr(owner, name)))
-    _, others = step(model)
+    with kept() as others:
+        images, tokens = inputs(model)
+        model(model.known(images), tokens)
     assert others and not inside
+
+
+BATCH = {"norm_stats": "batch"}
+
+
+@pytest.mark.parametrize(
+    "pair, options",
+    [(pair, {}) for pair in PAIRS] + [(("tiny-clip-rn", "bridger"), BATCH), (("tiny-clip-rn", "full"), BATCH)],
+    ids=lambda value: "-".join(value),
+)
+def test_what_is_recomputed_changes_nothing_and_is_not_kept(pair, options):
+    model = tiny_model(*pair, **options).train()
+    again = copy.deepcopy(model)
+    speed.choose(model, "fast")
+    expected, whole = step(model)
+    speed.choose(again, "fast", recompute=True)
+    found, less = step(again)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+    towers = (model.backbone.image, model.backbone.text)
+    if any(tower.untouched <= len(tower.stages) for tower in towers):
+        assert less < whole

@@ -11,7 +11,7 @@ import torch
 from conftest import TINY_HEAD, inputs, tiny_model
 from torch import Tensor, nn
 
-from ris_bench import code, evaluation, parallel
+from ris_bench import code, evaluation, parallel, speed
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.data.dataset import DATASETS
 from ris_bench.data.loading import Batch, ReferentBatches, Tokenizer
@@ -98,9 +98,10 @@ def without_dropout(name: str) -> nn.Module:
     return model
 
 
-def gradients(team: Team, name: str, size: int, accumulate: int) -> dict[str, Tensor]:
+def gradients(team: Team, name: str, size: int, accumulate: int, recompute: bool = False) -> dict[str, Tensor]:
     """Those of a batch of so many rows, and the moving statistics after it."""
     model = without_dropout(name).train()
+    speed.choose(model, "fast", recompute)
     images, tokens = inputs(model, size)
     mask = torch.nn.functional.interpolate(images[:, :1], scale_factor=0.25, mode="area").gt(0).float()
     own = torch.tensor(team.share(range(size)) or [0])
@@ -196,6 +197,13 @@ def test_gradients_are_those_of_one_process(name, size, accumulate, duo):
     largest = max(tensor.abs().max() for tensor in expected.values())
     for key in expected:
         assert torch.allclose(found[key].double(), expected[key].double(), rtol=1e-3, atol=1e-5 * largest), key
+
+
+def test_what_is_recomputed_is_normalised_by_the_rows_of_all_again(duo):
+    expected, found = (duo(gradients, "detris", 5, 2, recompute) for recompute in (False, True))
+    assert found.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key])
 
 
 @pytest.mark.parametrize("name", ["statistics", "bridger", "lora"])

@@ -57,9 +57,11 @@ def test_the_same_trial_twice_is_bit_identical(method, tmp_path):
 def test_both_ways_to_compute_differ_by_rounding_alone(tmp_path, monkeypatch):
     one = next(t for t in trials("quickstart.yaml", *SHORT) if t.method.name == "bridger")
     chosen = []
-    monkeypatch.setattr(trial, "choose", lambda model, way: (chosen.append(way), speed.choose(model, way)))
+    monkeypatch.setattr(trial, "choose", lambda *given: (chosen.append(given[1:]), speed.choose(*given)))
     fast, plain = (run(one, tmp_path / way, speed=way) for way in ("fast", "plain"))
-    assert chosen == ["fast", "plain"]
+    again = run(one, tmp_path / "again", recompute=True)
+    assert chosen == [("fast", False), ("plain", False), ("fast", True)]
+    assert (again.history, again.scores) == (fast.history, fast.scores)
     for found, expected in zip(fast.history, plain.history, strict=True):
         assert found.loss == pytest.approx(expected.loss, rel=1e-3)
     for split, scores in plain.scores.items():

@@ -40,7 +40,7 @@ from ris_bench.backbones.transformer import (
 )
 from ris_bench.backbones.weights import Weights, fit
 from ris_bench.errors import UserError
-from ris_bench.speed import Kept, Layers
+from ris_bench.speed import Kept, Layers, Region
 
 
 def blocks(transformer: Transformer) -> list[Block]:
@@ -90,7 +90,7 @@ class CLIPText(Tower):
         yield from block_sites(self, (self, "ln_final"))
 
 
-class MapAttentionPool(nn.Module):
+class MapAttentionPool(Region):
     """The attention pool of CLIP's ResNets without the pooled query: every cell asks (CRIS model/clip.py:60-145).
 
     (B, C, H, W) -> (B, D, H, W).
@@ -120,7 +120,7 @@ class MapAttentionPool(nn.Module):
         return F.relu(pooled_BND.mT.unflatten(2, (height, width)) + self.connect(x_BCHW))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Region):
     """The bottleneck of an open_clip ResNet, with what belongs together in one module."""
 
     def __init__(self, block: nn.Module) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ris_bench.backbones.base import ImageTower, Site, TextState, Tower
+from ris_bench.speed import Region
 
 NUM_STAGES = 3
 """Image and text towers are cut into as many stages, so that a method can pair them."""
@@ -55,7 +56,7 @@ def unpacked(weight: Tensor, bias: Tensor) -> list[nn.Linear]:
     return layers
 
 
-class Block(nn.Module):
+class Block(Region):
     """A pre-norm transformer block: what attention and MLP return is added to their input."""
 
     def __init__(

@@ -74,6 +74,12 @@ def add(verbs: Any) -> None:
     )
     add_speed(run)
     run.add_argument(
+        "--recompute",
+        action="store_true",
+        help="compute what is inside the blocks of the towers again in the backward pass instead of keeping it: less "
+        "memory, more time, the same numbers but for rounding",
+    )
+    run.add_argument(
         "--checkpoint-minutes",
         type=_amount,
         default=5,
@@ -221,6 +227,7 @@ def _run(
         feature_bytes=int(args.feature_cache * 1e9),
         checkpoint_seconds=60 * args.checkpoint_minutes,
         speed=args.speed,
+        recompute=args.recompute,
         processes=processes,
     )
     ray_options["plugins"] = experiment.plugins

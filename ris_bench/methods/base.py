@@ -26,7 +26,9 @@ class Method(nn.Module):
     def forward(self, backbone: Backbone, image: Tensor | Known, tokens_BL: Tensor) -> Features:
         """Run the backbone; overridden only to change how the towers meet.
 
-        What is given for `image` may be passed to `Backbone.encode_image` and `ImageTower.step` alone.
+        What is given for `image` may be passed to `Backbone.encode_image` and `ImageTower.step` alone. What modules
+        inside a tower have to know of the other is told by a `contextvars.ContextVar`: of an attribute nothing would be
+        left where they are computed again in the backward pass.
         """
         return backbone(image, tokens_BL)
 

@@ -7,6 +7,7 @@ The sentence is read first. Then adapters beside the MLPs of the image tower, th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from functools import partial
 
 import torch
@@ -68,10 +69,8 @@ class TextAdapter(nn.Module):
         return self.scale * self.up(x_BLC + mixed_BLC)
 
 
-class Prior:
-    """What the aligners of one model attend to, in the course of one forward pass."""
-
-    words_BLE: Tensor
+WORDS: ContextVar[Tensor] = ContextVar("detris_words")
+"""What aligners attend to, (B, L, E), in the course of one forward pass."""
 
 
 class DenseAligner(TwoWays):
@@ -92,10 +91,9 @@ class DenseAligner(TwoWays):
         heads: int,
         num_prefix_tokens: int,
         scale: float,
-        prior: Prior,
     ) -> None:
         super().__init__()
-        self.num_prefix_tokens, self.scale, self.prior = num_prefix_tokens, scale, prior
+        self.num_prefix_tokens, self.scale = num_prefix_tokens, scale
         self.down, self.up = nn.Linear(channels, width), nn.Linear(width, channels)
         self.convs = DenseConvolutions(width, nn.Conv2d, nn.BatchNorm2d)
         self.patch_in, self.patch_out = nn.Linear(width, attention_width), nn.Linear(attention_width, width)
@@ -115,7 +113,7 @@ class DenseAligner(TwoWays):
         side = round(patches_BNC.shape[1] ** 0.5)
         patches_BCHW = patches_BNC.mT.unflatten(2, (side, side))
         query_BNA = self.patch_in((self.convs(patches_BCHW) + patches_BCHW).flatten(2).mT)
-        words_BLA = self.word_in(self.prior.words_BLE)
+        words_BLA = self.word_in(WORDS.get())
         seen_BNA = self.attention(query_BNA, words_BLA, words_BLA, need_weights=not self.fast)[0]
         return self.scale * self.up(x_BNC + torch.cat([prefix_BPC, self.patch_out(seen_BNA)], dim=1))
 
@@ -157,7 +155,6 @@ class DETRIS(Method):
             raise UserError(
                 f"method 'detris' has attention_width {attention_width}, which its {heads} heads do not divide"
             )
-        self.prior = Prior()
         if image_layers != ():
             for site in chosen(backbone.sites("ffn", ("image",)), image_layers, "image_layers"):
                 aligner = DenseAligner(
@@ -168,7 +165,6 @@ class DETRIS(Method):
                     heads,
                     backbone.image.num_prefix_tokens,
                     scale,
-                    self.prior,
                 )
                 site.wrap(partial(Parallel, beside=aligner))
         if text_layers != ():
@@ -177,11 +173,11 @@ class DETRIS(Method):
 
     def forward(self, backbone: Backbone, image: Tensor | Known, tokens_BL: Tensor) -> Features:
         words_BLE, sentence_BE, pad_BL = backbone.encode_text(tokens_BL)
-        self.prior.words_BLE = words_BLE
+        told = WORDS.set(words_BLE)
         try:
             maps = backbone.encode_image(image)
         finally:
-            del self.prior.words_BLE
+            WORDS.reset(told)
         return Features(maps, words_BLE, sentence_BE, pad_BL)
 
 
