@@ -10,6 +10,7 @@ rest: an expression is used only where it is true of its referent and false of e
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
+from ris_bench import cache
 from ris_bench.data.dataset import DATASETS
 from ris_bench.data.refer import IMAGE_FOLDERS, ReferDataset
 from ris_bench.data.samples import Sample
@@ -382,7 +384,7 @@ def _claims(objects: Sequence[Object]) -> Iterator[tuple[str, tuple[str, ...], i
         yield kind, patterns, anchor, {i for i in yes if abs(across[i]) < along[i]}, no | {anchor}
 
 
-@cache
+@functools.cache
 def _ordinal_patterns(rank: int, side: str) -> tuple[str, ...]:
     patterns = (f"{RANKS[rank]} {{}} from the {side}", f"{RANKS[rank]} {{}} from {side}")
     if rank == 0 and side in ("left", "right"):
@@ -390,14 +392,14 @@ def _ordinal_patterns(rank: int, side: str) -> tuple[str, ...]:
     return _with_article(patterns)
 
 
-@cache
+@functools.cache
 def _noun_phrases(description: Description) -> tuple[str, ...]:
     """The description in every choice of words, without an article: "small red circle", "little red circle"."""
     values = [value for _, value in description] + ([] if "shape" in dict(description) else [""])
     return tuple(" ".join(words) for words in itertools.product(*(WORDS.get(value, (value,)) for value in values)))
 
 
-@cache
+@functools.cache
 def _with_article(patterns: tuple[str, ...]) -> tuple[str, ...]:
     return patterns + tuple(f"the {pattern}" for pattern in patterns)
 
@@ -424,9 +426,8 @@ class Scenes(ReferDataset):
 
     @property
     def home(self) -> Path:
-        cache = Path(os.environ.get("RIS_BENCH_CACHE") or Path.home() / ".cache" / "ris-bench")
         key = json.dumps([GENERATOR, self.num_train, self.num_eval, self.seed])
-        return cache / f"scenes-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        return cache.folder() / f"scenes-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
 
     def locate(self, data: Path) -> None:
         """Generate the scenes unless they are there. Raises UserError where they cannot be written."""
