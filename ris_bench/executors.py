@@ -6,6 +6,7 @@ Ray places the trials and restarts what died; it is told nothing of what they co
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -20,8 +21,9 @@ from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from ris_bench import packing
 from ris_bench.errors import UserError
 from ris_bench.records import Trial
 from ris_bench.results import Store
@@ -31,6 +33,8 @@ if TYPE_CHECKING:  # they import torch
     from ris_bench.plugins import Plugin
     from ris_bench.trial import Progress
 
+GPU_SECONDS = 120
+"""For the nodes to say how much memory their GPUs have: each of them starts a process that imports PyTorch."""
 GRACE_SECONDS = 20
 """For the step that is running when a sweep is stopped: who sends SIGTERM sends SIGKILL after half a minute."""
 
@@ -103,13 +107,15 @@ def through_ray(
     address: str | None = None,
     plugins: Iterable[Plugin] = (),
     max_concurrent: int | None = None,
-    gpus_per_trial: float | None = None,
+    gpus_per_trial: float | Literal["auto"] | None = None,
     processes: int = 1,
     memory_gb: Mapping[str, float] = MappingProxyType({}),
     patience: float = 0,
 ) -> Iterator[Execute]:
     """Trials side by side: each takes one CPU for each of its `processes` and `gpus_per_trial` GPUs of one node (None:
-    one for each of its processes, where the cluster has any).
+    one for each of its processes, where the cluster has any). With "auto", trials of a kind of which one has been
+    measured share GPUs, as many as memory has room for (see `packing`), where there are more trials than GPUs; the
+    first one of a kind has a GPU to itself, and the others wait for it.
 
     The process of a trial that tells nothing for `patience` seconds is ended, as if it had died; 0 waits for ever. Who
     stops the sweep lets the step that is running in each trial end.
@@ -134,10 +140,13 @@ def through_ray(
             _connect(address, plugins)
             stack.callback(ray.shutdown)
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are ours to tell
+        all_gpus = int(ray.cluster_resources().get("GPU", 0))
         gpus = gpus_per_trial
-        if gpus is None:
-            gpus = float(processes) if ray.cluster_resources().get("GPU") else 0.0
-        share = {"cpu": processes, "gpu": gpus}
+        if gpus is None or gpus == "auto":
+            gpus = float(processes) if all_gpus else 0.0
+        gpu_bytes = _gpu_bytes() if gpus_per_trial == "auto" and gpus == 1 else None
+        if gpus_per_trial == "auto" and gpus and not gpu_bytes:
+            print("how much memory the GPUs have is not known: no trials share one", file=sys.stderr)
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         most = max(memory_gb.values(), default=0)
         wanted = {"CPU": processes, "GPU": gpus, "memory": most * 1e9}
@@ -159,20 +168,61 @@ def through_ray(
         def execute(trials: list[Trial], job: Job, watcher: Watcher) -> None:
             if address is not None:
                 job = replace(job, driver=Driver.here())
-            # Tune's own state is no truth of ours, and only its checkpoints, of which there are none, come from nodes.
-            with tempfile.TemporaryDirectory(prefix="ris-bench-") as folder:
-                _tune(
-                    largest_first(trials),
-                    job,
-                    watcher,
-                    folder=folder,
-                    share=share,
-                    memory_gb=memory_gb,
-                    max_concurrent=max_concurrent,
-                    patience=patience,
-                )
+            for wave, shares in placed(trials, job):
+                # Tune's own state is no truth of ours, and only its checkpoints, of which there are none, come from
+                # nodes.
+                with tempfile.TemporaryDirectory(prefix="ris-bench-") as folder:
+                    _tune(
+                        largest_first(wave),
+                        job,
+                        watcher,
+                        folder=folder,
+                        cpus=processes,
+                        gpus=shares,
+                        memory_gb=memory_gb,
+                        max_concurrent=max_concurrent,
+                        patience=patience,
+                    )
+
+        def placed(trials: list[Trial], job: Job) -> Iterator[tuple[list[Trial], dict[str, float]]]:
+            """Trials that run side by side, with the GPUs of each."""
+
+            def known() -> dict[str, int]:
+                job.store.refresh()
+                return packing.peaks(job.store.done(), job.places.speed, job.places.recompute)
+
+            def most(wave: list[Trial]) -> int:
+                return math.ceil(min(len(wave), max_concurrent or len(wave)) / all_gpus)
+
+            if not gpu_bytes or most(trials) == 1:
+                yield trials, {trial.id: gpus for trial in trials}
+                return
+            for wave in filter(None, packing.waves(trials, known())):
+                yield wave, packing.shares(wave, known(), gpu_bytes, most(wave))
 
         yield execute
+
+
+def _gpu_bytes() -> int | None:
+    """The memory of the smallest GPU of the cluster, None where it cannot be known."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    @ray.remote(num_cpus=0, max_calls=1)  # a process that has seen a GPU holds some of it
+    def smallest() -> int:
+        import torch
+
+        return min(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
+
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    asked = [
+        smallest.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote()
+        for node in nodes
+    ]
+    try:
+        return min(ray.get(asked, timeout=GPU_SECONDS))
+    except (ray.exceptions.RayError, ValueError):  # a node that does not answer, or whose GPUs PyTorch does not see
+        return None
 
 
 def _connect(address: str | None, plugins: Iterable[Plugin] = ()) -> None:
@@ -244,7 +294,8 @@ def _tune(
     watcher: Watcher,
     *,
     folder: str,
-    share: Mapping[str, float],
+    cpus: int,
+    gpus: Mapping[str, float],
     memory_gb: Mapping[str, float],
     max_concurrent: int | None,
     patience: float,
@@ -264,7 +315,7 @@ def _tune(
         return False
 
     def trainable(config: dict[str, Any]) -> None:
-        if not share["gpu"]:  # a process that was given no GPU would see them all
+        if not gpus[config["trial"]]:  # a process that was given no GPU would see them all
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         trial = trials_by_id[config["trial"]]
 
@@ -281,7 +332,8 @@ def _tune(
 
     def needs(config: dict[str, Any]) -> dict[str, float]:
         backbone = trials_by_id[config["trial"]].backbone.name
-        return {**share, "memory": int(1e9 * memory_gb.get(backbone, memory_gb.get("", 0)))}
+        memory = int(1e9 * memory_gb.get(backbone, memory_gb.get("", 0)))
+        return {"cpu": cpus, "gpu": gpus[config["trial"]], "memory": memory}
 
     class Relay(TrialProgressCallback):  # of which Tune else adds one that prints
         """The result itself comes by way of the results folder."""
@@ -325,7 +377,7 @@ def _tune(
         param_space={"trial": tune.grid_search(list(trials_by_id))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=max_concurrent,
-            reuse_actors=not share["gpu"],  # a process that used a GPU keeps memory and settings of it
+            reuse_actors=not any(gpus.values()),  # a process that used a GPU keeps memory and settings of it
             trial_dirname_creator=lambda trial: trial.config["trial"],
         ),
         run_config=tune.RunConfig(

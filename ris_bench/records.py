@@ -156,6 +156,10 @@ class Cost:
     """That a batch was split into at the end of the training; None where nobody counted them."""
     processes: int = 1
     """That shared the work, each for as long as the trial took."""
+    speed: str | None = None
+    """How it computed (see `ris_bench.speed`); None where nobody noted it."""
+    recompute: bool = False
+    """Whether the backward pass computed again what is inside the blocks of the towers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -68,6 +68,14 @@ class Store:
             return None
         return result
 
+    def done(self) -> Iterator[Result]:
+        """Every sound result of a trial that is done, whatever experiment wants it."""
+        for path in (self.root / "trials").glob("*/result.json"):
+            with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                result = Result.from_json(path.read_text(encoding="utf-8"))
+                if result.status == "done" and result.trial.id == path.parent.name and _is_sound(result):
+                    yield result
+
     def collect(self, trials: Iterable[Trial]) -> tuple[dict[str, Result], list[str]]:
         """What is known of trials, by id, and a sentence on every file that could pass for a result and is left out.
 
@@ -294,7 +302,7 @@ def _is_sound(result: Result) -> bool:
         x
         for items in counted
         for name, x in items
-        if name != "device" and (name, x) not in (("prompt", None), ("micro_batches", None))
+        if name not in ("device", "speed") and (name, x) not in (("prompt", None), ("micro_batches", None))
     ]
     return (
         result.status in ("done", "failed")

@@ -456,6 +456,8 @@ class _Run:
             device=self.device_name,
             micro_batches=self.loop.parts,
             processes=self.team.size,
+            speed=self.places.speed,
+            recompute=self.places.recompute,
         )
 
     def result(self, status: str, error: str | None) -> Result:

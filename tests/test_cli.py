@@ -158,11 +158,11 @@ def test_bad_flags_exit_2(bench, arguments):
     assert caught.value.code == 2
 
 
-@pytest.mark.parametrize("shares", [("2", "3"), ("0.5", "2")])
+@pytest.mark.parametrize("shares", [("2", "3"), ("0.5", "2"), ("auto", "2")])
 def test_each_process_has_one_gpu_or_none(bench, shares, capsys):
     with pytest.raises(SystemExit):
         bench("--gpus-per-trial", shares[0], "--processes-per-trial", shares[1], executor="ray")
-    assert "one GPU or none" in capsys.readouterr().err
+    assert ("not with" if shares[0] == "auto" else "one GPU or none") in capsys.readouterr().err
 
 
 def test_dry_run_lists_trials_without_data_and_leaves_nothing(bench, tmp_path):

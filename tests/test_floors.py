@@ -18,7 +18,7 @@ FLOORS = [
     ("model", "plugins"),
     ("checkpoints", "training", "evaluation", "features", "pretrain", "official"),
     ("trial", "search", "layout", "plan", "experiment", "export", "rescored"),
-    ("report", "progress", "trackers", "status", "sweep", "executors", "params", "predict"),
+    ("report", "progress", "trackers", "status", "sweep", "packing", "executors", "params", "predict"),
     ("cli",),
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -112,9 +112,10 @@ def add(verbs: Any) -> None:
     ray.add_argument(
         "--gpus-per-trial",
         type=_share,
-        metavar="F",
-        help="0.5 puts two trials on a GPU, 0 all on CPUs, 2 gives a trial two processes with a GPU each (default: one "
-        "for each process, where there are GPUs)",
+        metavar="F|auto",
+        help="0.5 puts two trials on a GPU, 0 all on CPUs, 2 gives a trial two processes with a GPU each; auto puts as "
+        "many on one as it has memory for, by what the first trial of a kind has taken; the times of trials that share "
+        "one are longer (default: one for each process, where there are GPUs)",
     )
     ray.add_argument(
         "--memory-per-trial",
@@ -151,12 +152,14 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             "--max-concurrent, --gpus-per-trial, --memory-per-trial, --patience-minutes and --address say something to "
             "Ray: not with --executor local"
         )
-    gpus = args.gpus_per_trial or 0
+    gpus = 0 if args.gpus_per_trial in (None, "auto") else args.gpus_per_trial
     processes = args.processes_per_trial or max(1, int(gpus))
     if gpus and processes != max(1, gpus):
         parser.error(
             f"--gpus-per-trial {gpus:g} with --processes-per-trial {processes}: each process has one GPU or none"
         )
+    if args.gpus_per_trial == "auto" and processes > 1:
+        parser.error("--gpus-per-trial auto puts several trials on a GPU: not with --processes-per-trial")
     ray_options["processes"] = processes
     ray_options["memory_gb"] = dict(args.memory_per_trial or ())
     ray_options["patience"] = 3600 if args.patience_minutes is None else 60 * args.patience_minutes
@@ -272,10 +275,12 @@ def _print_trials(trials: list[Trial], waiting: int, experiment: Experiment, *, 
     print(f"\n{len(trials)} trials, {waiting} to run{later}")
 
 
-def _share(text: str) -> float:
+def _share(text: str) -> float | str:
+    if text == "auto":
+        return text
     # A process computes on one device, so that more would idle.
     if not (0 <= (number := float(text)) <= 1 or (number > 1 and number.is_integer())):
-        raise argparse.ArgumentTypeError(f"{text} is neither from 0 to 1 nor a whole number")
+        raise argparse.ArgumentTypeError(f"{text} is neither from 0 to 1 nor a whole number nor auto")
     return number
 
 
