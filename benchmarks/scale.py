@@ -1,25 +1,37 @@
 """How cost grows: `python -m benchmarks.scale [--images N ...] [--trials N ...] [--expressions N ...]`.
 
-Each line is one size, with the time for each of its items: where growth is linear it stays the same. A size of a data
-set is measured in a process of its own, with made-up referents of one expression in images of 32 x 32, which are never
-read; its peak memory is that of the whole process.
+Each line is one size, with the time for each of its items: where growth is linear it stays the same. Below stands the
+power of the size that the whole time grows with, fitted over the sizes from a tenth of the largest on. It is the
+processor's time, which other processes disturb less, but for a GPU's.
+
+A size of a data set is measured in a process of its own, with made-up referents of one expression in images of 32 x 32,
+which are never read:
+
+    index, open    write the index of the parsed split, and read it as a trial does
+    batches        what training keeps of it, tokens included
+    epoch          the order of an epoch; with three expressions of an image side by side: grouped
+    write, read    a file of predictions
+    score          its scores
+    compare        two trials by their tables of expressions, with 100 resamples of the images
+    peak           of the memory, over what the process held before it began
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 from tabulate import tabulate
 
@@ -53,22 +65,38 @@ class Clock:
         self.taken: dict[str, float] = {}
 
     def __call__(self, what: str, run: Callable[[], Any]) -> Any:
-        started = time.perf_counter()
+        started = time.process_time()
         made = run()
-        self.taken[what] = time.perf_counter() - started
+        self.taken[what] = time.process_time() - started
         return made
 
 
+def resident(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes; 0 where there is no /proc."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    except OSError:
+        return 0
+    return int(lines[field].split()[0]) * 1024
+
+
 def images(number: int) -> dict[str, float]:
-    """Seconds of every way to go through a split of so many images, and the peak of this process in bytes."""
+    """Seconds of every way to go through a split of so many images, and bytes that it takes at most."""
+    torch.set_num_threads(1)
+    go_through(min(number, 100))  # imports, and what is made once
+    before = resident("VmRSS")
+    return go_through(number) | {"peak": resident("VmHWM") - before}
+
+
+def go_through(number: int) -> dict[str, float]:
     from ris_bench.data import index
     from ris_bench.data.loading import ReferentBatches, Tokenizer
     from ris_bench.data.samples import Sample
     from ris_bench.predictions import Prediction, Predictions, read, write
     from ris_bench.protocols import RIS_BENCH
+    from ris_bench.report import statistics
     from ris_bench.scoring import score
 
-    torch.set_num_threads(1)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["RIS_BENCH_CACHE"] = folder
@@ -99,22 +127,42 @@ def images(number: int) -> dict[str, float]:
         assert len(samples) == number
         tokenizer = Tokenizer(17, 8192)
 
-        def known(chosen: list[Sample]) -> torch.Tensor:
-            return torch.zeros(len(chosen), 1)
+        def sampled(what: str, together: int) -> None:
+            given = {"known": len, "expressions_per_image": together}
+            batches = clock("batches", lambda: ReferentBatches(samples, tokenizer, SIDE, 32, 0, **given))
+            clock(what, lambda: next(batches.epoch(1)))
 
-        batches = clock("tokens", lambda: ReferentBatches(samples, tokenizer, SIDE, 32, 0, known=known))
-        clock("epoch", partial(next, batches.epoch(1)))
+        sampled("epoch", 1)
+        sampled("grouped", 3)
         path = Path(folder) / "answers.parquet"
 
         def answer() -> Iterator[Prediction]:
             for one in samples:
                 yield Prediction.of(one, mask_HW=one.mask())
 
+        def scored() -> None:
+            predictions: Predictions = clock("read", lambda: read(path))
+            found = clock("score", lambda: score(predictions, {("many", "train"): samples}, [RIS_BENCH]))
+            assert found[0].value == 1
+
         clock("write", lambda: write(path, answer()))
-        predictions: Predictions = clock("read", lambda: read(path))
-        found = clock("score", lambda: score(predictions, {("many", "train"): samples}, [RIS_BENCH]))
-        assert found[0].value == 1
-    return clock.taken | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        scored()
+
+        def compare() -> None:
+            identity = ("dataset", "split", "ref_id", "sent_id", "sentence_index", "image_id", "ann_id", "expression")
+            columns = {name: [getattr(sample, name) for sample in samples] for name in identity}
+            draws = np.random.default_rng(0)
+            both = []
+            for _ in range(2):
+                counts = {"intersection": draws.integers(100, size=number), "union": 100, "target": 100}
+                both.append(statistics.ordered(pd.DataFrame(columns | counts)))
+            statistics.check_same(*both, ("one", "other"))
+            sums = [statistics.sums(frame, ["miou", "oiou"]) for frame in both]
+            parts = (np.stack([getattr(one, part) for one in sums], 1) for part in ("numerator_IM", "denominator_IM"))
+            statistics.bootstrap(*parts, resamples=100, seed=0)
+
+        clock("compare", compare)
+    return clock.taken
 
 
 def trials(number: int) -> dict[str, float]:
@@ -128,6 +176,7 @@ def trials(number: int) -> dict[str, float]:
         path.write_text(EXPERIMENT.replace("SEEDS", json.dumps(seeds)), encoding="utf-8")
         experiment = clock("read", lambda: load(path))
         clock("next", lambda: experiment.trials({}))
+        clock("plan", lambda: experiment.text)
     return clock.taken
 
 
@@ -157,6 +206,14 @@ def expressions(numbers: list[int]) -> Iterator[tuple[int, dict[str, float]]]:
                 forward(*given)
                 clock(name, lambda given=given: [forward(*given) for _ in range(5)])
         yield number, {name: seconds / 5 for name, seconds in clock.taken.items()}
+
+
+def power(kind: str, what: str, rows: list[dict[str, float]]) -> float:
+    """By which the time grows: 1 where it is linear; not a number where there is one size."""
+    large = [row for row in rows if 10 * row[kind] >= max(row[kind] for row in rows)]
+    sizes = [math.log(row[kind]) for row in large]
+    times = [math.log(max(row[what] * row[kind], 1e-3)) for row in large]
+    return float(np.polyfit(sizes, times, 1)[0]) if len(large) > 1 else math.nan
 
 
 def main() -> None:
@@ -196,8 +253,10 @@ def main() -> None:
         show("expressions", number, taken)
     for kind, rows in found.items():
         if rows:
+            powers = {what: power(kind, what, rows) for what in rows[0] if what not in (kind, "peak MB")}
+            lines = [*rows, {kind: "power"} | {what: f"{one:.2f}" for what, one in powers.items()}]
             print(
-                f"\nMicroseconds for each of the {kind}\n{tabulate(rows, headers='keys', floatfmt=',.1f', intfmt=',')}"
+                f"\nMicroseconds for each of the {kind}\n{tabulate(lines, headers='keys', floatfmt=',.1f', intfmt=',')}"
             )
     if args.out:
         args.out.write_text(json.dumps(found, indent=1), encoding="utf-8")

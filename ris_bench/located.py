@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import yaml
 from yaml.composer import ComposerError
 
 from ris_bench.errors import UserError
-from ris_bench.registry import checked
+from ris_bench.registry import checked, type_hints
 
 Record = TypeVar("Record")
 
@@ -65,7 +65,7 @@ class Located:
 
     def record(self, kind: type[Record], what: str) -> Record:
         """A dataclass from a mapping: no unknown key, none missing that has no default, every value of its type."""
-        hints = get_type_hints(kind)
+        hints = type_hints(kind)
         required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
         items = self.keys(what, hints, required)
         return kind(**{key: item.typed(hints[key], f"{what}.{key}") for key, item in items.items()})

@@ -13,6 +13,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 from ris_bench.errors import UserError
@@ -56,8 +57,7 @@ class Registry:
 
     def options(self, name: str) -> dict[str, inspect.Parameter]:
         """The options of a factory: its keyword-only parameters, by name."""
-        parameters = inspect.signature(self[name]).parameters.values()
-        return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return dict(_options(self[name]))
 
     def resolve(self, name: str, options: Mapping[str, Any]) -> Choice:
         """Check the options given and fill in the defaults, so that a choice says all that it stands for.
@@ -65,14 +65,14 @@ class Registry:
         Raises UserError for an unknown name or option, a value of another type, and a missing option. A factory that
         has more to say of its options than their types has a static `check`, which is called with all of them.
         """
-        allowed = self.options(name)
+        factory = self[name]
+        allowed = _options(factory)
         for key in options:
             if key not in allowed:
                 some = f"its options are {', '.join(allowed)}" if allowed else "it has no options"
                 raise UserError(f"{self.kind} {name!r} has no option {key!r}; {some}")
         # The annotations of a class are those of its constructor.
-        factory = self[name]
-        hints = typing.get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+        hints = type_hints(factory.__init__ if inspect.isclass(factory) else factory)
         resolved = {}
         for key, parameter in allowed.items():
             if key in options:
@@ -118,6 +118,20 @@ class Registry:
             self._imported = True
 
 
+# Both are asked the same for each of thousands of trials, which would be most of the time of reading an experiment.
+
+
+@cache
+def _options(factory: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return {p.name: p for p in inspect.signature(factory).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+
+@cache
+def type_hints(of: Any) -> Mapping[str, Any]:
+    """The annotations of a function or class, by name."""
+    return typing.get_type_hints(of)
+
+
 def checked(value: Any, hint: Any, what: str) -> Any:
     """`value` as the annotated type, or a UserError that says what was given and what is allowed.
 
@@ -157,7 +171,7 @@ def checked(value: Any, hint: Any, what: str) -> Any:
 def record(kind: type[Record], values: Mapping[str, Any]) -> Record:
     """A dataclass of which every value has the annotated type; UserError where one has not, TypeError for a field that
     there is not."""
-    hints = typing.get_type_hints(kind)
+    hints = type_hints(kind)
     return kind(**{key: checked(value, hints.get(key, Any), key) for key, value in values.items()})
 
 

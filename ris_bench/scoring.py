@@ -100,14 +100,23 @@ def score(
         matched = match(rows[split], expected)
         tallies = [_Tally() for _ in protocols]
 
-        groups = [([expected[i] for i in group], [matched[i] for i in group]) for group in referents(expected)]
-        counted = partial(_counted, maps=predictions.maps, protocols=protocols, stage=stage)
+        groups = referents(expected)
+        parts = [groups[start : start + _AT_A_TIME] for start in range(0, len(groups), _AT_A_TIME)]
+        counted = partial(
+            _counted,
+            samples=expected,
+            rows=matched,
+            maps=predictions.maps,
+            protocols=protocols,
+            stage=stage,
+        )
         # NumPy leaves the lock of Python while it works, so that threads use every core; results come in order.
         with ThreadPoolExecutor(_cores()) as pool:
-            for (group, _), counts in zip(groups, pool.map(counted, groups), strict=True):
+            for part, counts in zip(parts, pool.map(counted, parts), strict=True):
                 for tally, some in zip(tallies, counts, strict=True):
                     tally.counts += some
-                report(done := done + len(group), total)
+                for group in part:
+                    report(done := done + len(group), total)
         asked = _asked(expected, matched)
         for protocol, tally in zip(protocols, tallies, strict=True):
             marks = tuple(_marks(protocol, stage, predictions.maps, asked))
@@ -134,12 +143,25 @@ def chosen(referent: Sequence[Sample], protocol: Protocol, stage: Stage) -> list
     return [0 if sentences == "first" else len(referent) - 1]
 
 
+_AT_A_TIME = 16
+"""Referents that a thread is given: to hand out one would take as long as to score a small one."""
+
+
 def _counted(
-    group: tuple[list[Sample], list[Prediction]], maps: Maps | None, protocols: Sequence[Protocol], stage: Stage
+    groups: Sequence[Sequence[int]],
+    samples: Sequence[Sample],
+    rows: Sequence[Prediction],
+    maps: Maps | None,
+    protocols: Sequence[Protocol],
+    stage: Stage,
 ) -> list[list[_Counts]]:
-    """For each protocol the counts of the expressions of one referent."""
-    referent = _Referent(*group, maps)
-    return [list(referent.count(protocol, stage)) for protocol in protocols]
+    """For each protocol the counts of the expressions of some referents, of which the positions are given."""
+    counts: list[list[_Counts]] = [[] for _ in protocols]
+    for group in groups:
+        referent = _Referent([samples[i] for i in group], [rows[i] for i in group], maps)
+        for found, protocol in zip(counts, protocols, strict=True):
+            found += referent.count(protocol, stage)
+    return counts
 
 
 class _Counts(NamedTuple):

@@ -71,6 +71,26 @@ def test_tokens_are_those_of_clip() -> None:
     assert torch.equal(Tokenizer(77)(expressions), open_clip.tokenize(expressions))
 
 
+def test_what_has_nothing_to_mend_is_what_mending_leaves() -> None:
+    letters = [chr(code) for code in range(128)]
+    rng = random.Random(0)
+    texts = ["".join(rng.choices(letters, k=rng.randint(0, 30))) for _ in range(300)]
+    texts += ["".join(rng.choices([c for c in letters if c.isprintable() and c != "&"], k=30)) for _ in range(300)]
+    texts += [
+        "a\tb \r\n c",
+        "R&amp;B",
+        "R&B",
+        "&lt;b&gt;",
+        "\x1b[31mred",
+        "schÃ¶n",
+        "“quoted”",
+        "ﬁre",
+        "<b>&eacute;",
+        "",
+    ]
+    assert torch.equal(Tokenizer(77)(texts), open_clip.tokenize(texts))
+
+
 @pytest.mark.parametrize("tokenizer", [FULL, SMALL])
 def test_start_end_padding_and_cut(tokenizer: Tokenizer) -> None:
     start, end = tokenizer.vocab_size - 2, tokenizer.vocab_size - 1
