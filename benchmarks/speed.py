@@ -34,10 +34,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ris_bench import speed
 from ris_bench.backbones.base import BACKBONES
-from ris_bench.data.loading import Pixels
+from ris_bench.data.pixels import Images
 from ris_bench.data.transforms import CLIP_MEAN, CLIP_STD, Letterbox, restore
 from ris_bench.evaluation import forward, log_odds
 from ris_bench.head import HEADS
+from ris_bench.kept import Room
 from ris_bench.methods.base import METHODS
 from ris_bench.model import RISModel
 from ris_bench.predictions import Maps
@@ -340,12 +341,12 @@ def loading(bench: Bench) -> Iterator[Row]:
             return tensor.div_(255.0).sub_(mean).div_(std)
 
         sample = SimpleNamespace(image_path=path, image=lambda: Image.open(path).convert("RGB"))
-        once, again = Pixels(Letterbox(size), 0), Pixels(Letterbox(size), 1 << 30)
+        read, kept = Images(size), Images(size)
         repeats = bench._replace(repeats=20 * bench.repeats)
-        runs = {"official": official, "read": lambda: once.images([sample])}
-        yield from repeats.compare("-", "loading", runs, 1)
-        runs = {"official": official, "kept": lambda: again.images([sample])}
-        yield from repeats.compare("-", "loading", runs, 1)
+        with Room(Path(folder) / "kept", 1 << 30) as room:
+            kept.keep([sample], room)
+            runs = {"official": official, "from its file": lambda: read([sample]), "kept": lambda: kept([sample])}
+            yield from repeats.compare("-", "loading", runs, 1)
 
 
 def main() -> None:

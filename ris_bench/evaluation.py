@@ -167,14 +167,17 @@ def logits(
     autocast: torch.dtype | None = None,
     num_workers: int = 0,
     team: Team = ALONE,
+    known: Callable[[Sequence[Sample]], Any] | None = None,
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Positions of samples, and the logits (B, h, w) that the model gives for them, on `device`; within `inference`.
 
     `autocast` is the arithmetic of the model; None is that of its weights. A process of a team gives its share only.
+    `known` gives samples' images, or what stands in their place, if not from their files.
 
     Raises FloatingPointError, naming the expression, where a logit is not finite; UserError for a bad image.
     """
-    for batch in expression_batches(samples, tokenizer, model.backbone.image_size, batch_size, num_workers, team):
+    size = model.backbone.image_size
+    for batch in expression_batches(samples, tokenizer, size, batch_size, num_workers, team, known):
         index = batch.index_B.tolist()
         logits_BHW = forward(model, batch.image_U3HW, batch.row_B, batch.tokens_BL, device, autocast)
         for position, finite in zip(index, logits_BHW.isfinite().flatten(1).all(1).tolist(), strict=True):

@@ -31,6 +31,7 @@ class Display:
         self._running: dict[str, Progress | None] = {}
         self._started: dict[str, float] = {}
         self._spoke: dict[str, float] = {}
+        self._warned: set[str] = set()
         self._stream = sys.stdout  # an executor may send what others print elsewhere
         console = Console(file=self._stream, highlight=False)
         # Not console.is_terminal: FORCE_COLOR would make a pipe pass for one.
@@ -71,6 +72,9 @@ class Display:
         """A trial is this far."""
         trial_id, now = progress.trial_id, time.monotonic()
         self._running[trial_id] = progress
+        if progress.warning and progress.warning not in self._warned:
+            self._warned.add(progress.warning)
+            self._print(f"warning: {progress.warning}")
         if not self._live and now - self._spoke[trial_id] >= QUIET_SECONDS:
             self._spoke[trial_id] = now
             self._print(f"{trial_id}  {describe(progress)}")
@@ -126,9 +130,14 @@ def duration(seconds: float) -> str:
 
 def describe_scores(result: Result) -> str:
     """The metric that the trial selects on, in percent, on every split that it reports: "miou val 53.1  testA 51.0"."""
-    metric = result.trial.eval.metric
-    scores = (f"{split} {100 * getattr(scores, metric):.1f}" for split, scores in result.scores.items())
-    return f"{metric} {'  '.join(scores)}"
+    metric, precision = result.trial.eval.metric, result.trial.train.feature_precision
+    parts = []
+    for split, scores in result.scores.items():
+        parts.append(f"{split} {100 * getattr(scores, metric):.1f}")
+        if scores.rounded:
+            difference = scores.rounded[metric] - getattr(scores, metric)
+            parts[-1] += f" ({100 * difference:+.2f} with image features in {precision})"
+    return f"{metric} {'  '.join(parts)}"
 
 
 def shortened(text: str, width: int) -> str:

@@ -52,6 +52,9 @@ class Training:
     expressions_per_image: int = 1
     """So many referents of an image come side by side, with an expression each (see `ReferentBatches`): what reads no
     sentence is computed once for them. With 1 each comes when it is its own turn, as the papers have it."""
+    feature_precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """To which what the untouched steps of the image tower make of a training image is rounded, whether it is kept on
+    disk, where it then takes half the room, or not. Evaluations do not round it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +121,9 @@ class Scores:
 
     The greatest of them is that of an oracle: a threshold chosen on the split that is scored.
     """
+    rounded: Mapping[str, float] = field(default_factory=dict)
+    """What "oiou" and "miou" are with the image features rounded as in training, if they are, on the validation split:
+    next to the scores themselves it tells what `Training.feature_precision` does to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +237,14 @@ class Result:
         )
 
 
-_LATER = (("code", None), ("out_of_memory", "fail"), ("stop_below", ()), ("expressions_per_image", 1))
+_LATER = (
+    ("code", None),
+    ("out_of_memory", "fail"),
+    ("stop_below", ()),
+    ("expressions_per_image", 1),
+    ("feature_precision", "fp32"),
+    ("rounded", {}),
+)
 """Fields that trials once were without: with this value they are left out, so that a trial is still the same trial."""
 
 

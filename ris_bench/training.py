@@ -17,12 +17,13 @@ from ris_bench.model import RISModel
 from ris_bench.parallel import ALONE, MemoryElsewhereError, Team, batch_norms
 from ris_bench.records import Epoch, Training
 
+HALVES = {"fp32": None, "tf32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""The dtype that a precision has tensors in; None where that is float32."""
+
 
 def reduced(precision: str, device: torch.device) -> torch.dtype | None:
     """The dtype of mixed precision; None where there is none, as on a CPU, which computes in fp32 whatever is asked."""
-    if device.type == "cpu":
-        return None
-    return {"fp32": None, "tf32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    return None if device.type == "cpu" else HALVES[precision]
 
 
 def settle(precision: str, device: torch.device) -> str:
@@ -168,8 +169,9 @@ class Loop:
         device, dtype, size = self.device, self.dtype, batch.size
         parts = min(self.parts, max(1, size // 2))
         loss = 0.0
+        image, rounding = batch.image_U3HW.to(device, non_blocking=True), HALVES[self.training.feature_precision]
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            known = self.model.known(batch.image_U3HW.to(device, non_blocking=True))
+            known = self.model.known(self.model.backbone.image.known(image, rounding) if rounding else image)
         here = (t.to(device, non_blocking=True) for t in (batch.row_B, batch.tokens_BL, batch.mask_B1HW))
         row_B, tokens_BL, mask_B1HW = here
         own = self.team.share(range(size))

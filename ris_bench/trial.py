@@ -9,8 +9,9 @@ import resource
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
@@ -25,19 +26,21 @@ from tensorboardX.summary import scalar
 from torch import Tensor
 
 from ris_bench import __version__, cache, checkpoints, code, evaluation, parallel, plugins
+from ris_bench.backbones.base import Known
 from ris_bench.backbones.weights import Weights
 from ris_bench.data.audit import separate
 from ris_bench.data.dataset import DATASETS
-from ris_bench.data.loading import Pixels, ReferentBatches, Tokenizer
+from ris_bench.data.loading import ReferentBatches, Tokenizer
+from ris_bench.data.pixels import Images, Masks
 from ris_bench.data.samples import Sample, shuffled
-from ris_bench.data.transforms import Letterbox
-from ris_bench.features import FrozenFeatures, Room, frozen_features
+from ris_bench.features import FrozenFeatures, frozen_features
+from ris_bench.kept import Room
 from ris_bench.model import RISModel, build
 from ris_bench.parallel import ALONE, Team
 from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial, plain
 from ris_bench.results import CHECKPOINTS
 from ris_bench.speed import Speed, choose
-from ris_bench.training import Loop, fit, out_of_memory, reduced, settle, train, under
+from ris_bench.training import HALVES, Loop, fit, out_of_memory, reduced, settle, train, under
 
 SHUFFLED = "/shuffled"
 EVAL_BATCH_SIZE = 32
@@ -52,7 +55,8 @@ class Places(NamedTuple):
     data: Path
     weights: Path | None
     feature_bytes: int = 0
-    """How much room frozen features may take in the cache folder."""
+    """How much room letterboxed images and masks and frozen features may take in the cache folder; with 0 none is
+    kept."""
     checkpoint_seconds: float = 0
     """How much of a training may be lost if its process dies; 0 writes no checkpoints."""
     speed: Speed = "fast"
@@ -80,6 +84,8 @@ class Progress(NamedTuple):
     """Until the end of training, validations included."""
     score: float | None
     """The best on the validation split so far."""
+    warning: str | None = None
+    """What should be known of the trial before it is over."""
 
 
 def run_trial(trial: Trial, folder: Path, places: Places, report: Callable[[Progress], None]) -> Result:
@@ -102,7 +108,7 @@ def _attempt(
     run = _Run(trial, folder, places, report)
     try:
         loaded = tuple(plugins.LOADED.values())
-        with parallel.team(places.processes, _follow, trial, folder, places, loaded) as run.team:
+        with run.room, parallel.team(places.processes, _follow, trial, folder, places, loaded) as run.team:
             run.execute()
         status, error = "done", None
     except parallel.ProcessDiedError as death:
@@ -128,7 +134,9 @@ def _follow(team: Team, trial: Trial, folder: Path, places: Places, loaded: tupl
     """What the other processes of a trial do."""
     for plugin in loaded:
         plugin.load()
-    _Run(trial, folder, places, lambda progress: None, team).execute()
+    run = _Run(trial, folder, places, lambda progress: None, team)
+    with run.room:
+        run.execute()
 
 
 class _Run:
@@ -150,6 +158,7 @@ class _Run:
         self.precision = settle(trial.train.precision, self.device)
         """The arithmetic that is really used."""
         self.places, self.weights = places, Weights(places.weights)
+        self.room = Room(cache.folder() / "features", places.feature_bytes, self.log, lambda: self.tell("load"))
         self.started = datetime.now(timezone.utc)
         self.params: Params | None = None
         self.cost: Cost | None = None
@@ -191,16 +200,28 @@ class _Run:
             {**samples, trial.eval.select_on: validation},
             dataset.leakage,
         )
+        side = model.backbone.image_size
+        known: Callable[[Sequence[Sample]], Any] | None = self.features(model, learnt)
+        masks = Masks(side)
+        self.photos = {split: Images(side) for split in {**samples, trial.eval.select_on: validation}}
+        with self.team.leader_first():
+            if known is None:
+                known = Images(side)
+                known.keep(learnt, self.room, self.loading_processes)
+            masks.keep(learnt, self.room, self.loading_processes)
+            for split, photos in self.photos.items():
+                photos.keep(samples.get(split, validation), self.room, self.loading_processes)
         batches = ReferentBatches(
             learnt,
             self.tokenizer,
-            model.backbone.image_size,
+            side,
             training.batch_size,
             trial.seed,
             self.loading_processes,
-            self.features(model, learnt),
+            known,
             self.team,
             training.expressions_per_image,
+            masks,
         )
         self.steps = len(batches) * training.epochs
         sizes = ", ".join(f"{len(expressions)} expressions in {split}" for split, expressions in samples.items())
@@ -242,6 +263,7 @@ class _Run:
                 self.save()
             self.scores[split] = evaluation.scores(self.frames[split])
             self.log(f"{split}: {self.scores[split]}")
+        self.compare_rounded(model, validation)
         self.peak_memory_bytes = max(self.team.gather(self.peak()))
         if not self.team.leads:
             return
@@ -339,14 +361,36 @@ class _Run:
             return frozen_features(
                 model.backbone.image,
                 samples,
-                Pixels(Letterbox(model.backbone.image_size), 0).images,
+                Images(model.backbone.image_size),
                 self.weights.sha256,
-                Room(cache.folder() / "features", self.places.feature_bytes),
+                self.room,
                 device=self.device,
-                autocast=reduced(self.trial.train.precision, self.device),
-                log=self.log,
-                report=lambda: self.tell("load"),
+                autocast=self.settings["autocast"],
+                precision=HALVES[self.trial.train.feature_precision],
+                num_workers=self.loading_processes,
             )
+
+    def compare_rounded(self, model: RISModel, validation: list[Sample]) -> None:
+        """Score the validation split once more, with its image features rounded as those that were trained on."""
+        precision, split = self.trial.train.feature_precision, self.trial.eval.select_on
+        if HALVES[precision] is None or not model.backbone.image.untouched:
+            return
+        tower, autocast = model.backbone.image, self.settings["autocast"]
+
+        def rounded(samples: Sequence[Sample]) -> Known:
+            images = self.photos[split](samples).to(self.device)
+            with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+                return tower.known(images, HALVES[precision])
+
+        frame, scores = self.evaluate(model, split, validation, known=rounded, num_workers=0)
+        live = evaluation.scores(self.frames[split])
+        if split in self.scores:
+            self.scores[split] = replace(live, rounded={"oiou": scores.oiou, "miou": scores.miou})
+        self.log(
+            f"{split} with image features rounded to {precision}: "
+            f"mIoU {scores.miou:.6f} instead of {live.miou:.6f} ({scores.miou - live.miou:+.6f}), "
+            f"oIoU {scores.oiou:.6f} instead of {live.oiou:.6f} ({scores.oiou - live.oiou:+.6f})"
+        )
 
     def read(self, dataset, split: str) -> list[Sample]:
         samples = dataset.read(self.places.data, split.removesuffix(SHUFFLED))
@@ -373,16 +417,15 @@ class _Run:
             "autocast": reduced(self.trial.train.precision, self.device),
         }
 
-    def evaluate(self, model, split: str, samples: list[Sample]) -> tuple[pd.DataFrame, Scores]:
+    def evaluate(self, model, split: str, samples: list[Sample], **changed: Any) -> tuple[pd.DataFrame, Scores]:
         self.lap()
         frame = evaluation.evaluate(
             model,
             samples,
-            **self.settings,
             others=evaluation.THRESHOLDS,
             team=self.team,
-            num_workers=self.loading_processes,
             report=lambda done, total: self.tell(f"evaluate {split}"),
+            **self.settings | {"known": self.photos[split], "num_workers": self.loading_processes} | changed,
         )
         self.eval_seconds += self.lap()
         return frame, evaluation.scores(frame)
@@ -432,6 +475,7 @@ class _Run:
             images_per_second=rate,
             eta_seconds=eta,
             score=score,
+            warning=next(iter(self.room.left_out), None),
         )
         try:
             self.report(progress)

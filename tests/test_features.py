@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +14,12 @@ import torch
 from conftest import tiny_model
 from PIL import Image
 
-from ris_bench import features
-from ris_bench.data.loading import Pixels
+from ris_bench.data.pixels import Images
 from ris_bench.data.samples import Sample
-from ris_bench.data.transforms import Letterbox
+from ris_bench.errors import UserError
 from ris_bench.evaluation import inference
-from ris_bench.features import Room, frozen_features
+from ris_bench.features import frozen_features
+from ris_bench.kept import Room
 
 NUMBER = 40
 """More than a batch."""
@@ -53,24 +52,23 @@ def samples(tmp_path_factory) -> list[Sample]:
     return found
 
 
-def make(model, samples, folder: Path, room: float = 1e9, log=lambda line: None, weights=None, report=lambda: None):
-    with inference(model):
+def make(model, samples, folder: Path, room: float = 1e9, log=lambda line: None, weights=None, precision=None):
+    with inference(model), Room(folder, int(room), log) as place:
         return frozen_features(
             model.backbone.image,
             samples,
-            Pixels(Letterbox(model.backbone.image_size), 0).images,
+            Images(model.backbone.image_size),
             weights or {"clip.pt": "0123"},
-            Room(folder, int(room)),
+            place,
             device=torch.device("cpu"),
             autocast=None,
-            log=log,
-            report=report,
+            precision=precision,
         )
 
 
-def live(model, samples):
+def live(model, samples, precision=None):
     with inference(model):
-        return model.backbone.image.known(Pixels(Letterbox(model.backbone.image_size), 0).images(samples))
+        return model.backbone.image.known(Images(model.backbone.image_size)(samples), precision)
 
 
 def complete(folder: Path) -> list[Path]:
@@ -130,73 +128,90 @@ def test_a_name_is_all_that_the_numbers_depend_on(samples, tmp_path):
     assert len(complete(tmp_path)) == 7
 
 
-def test_the_room_is_kept_to(samples, tmp_path):
+def test_halves_are_what_rounding_makes_of_them_in_half_the_room(samples, tmp_path):
+    model, asked = tiny_model("tiny-clip-vit", "coop"), [samples[i] for i in (70, 3, 2, 11)]
+    sizes = {}
+    for precision in (None, torch.float16, torch.bfloat16):
+        known, expected = make(model, samples, tmp_path, precision=precision)(asked), live(model, asked, precision)
+        [folder] = set(complete(tmp_path)) - set(sizes.values())
+        sizes[precision] = folder
+        for found, state in zip(known.following, expected.following, strict=True):
+            if state is not None:
+                torch.testing.assert_close(found, state, **({"rtol": 0.01, "atol": 1e-4} if precision else {}))
+                assert found.dtype == torch.float32
+                assert precision is None or torch.equal(found, found.to(precision).float())
+    sizes = {key: sum(file.stat().st_size for file in folder.iterdir()) for key, folder in sizes.items()}
+    assert sizes[torch.float16] == sizes[torch.bfloat16] == sizes[None] / 2
+
+
+def test_what_fp16_cannot_hold_is_no_number(samples, tmp_path):
+    model = tiny_model("tiny-clip-vit", "coop")
+    with torch.no_grad():
+        model.backbone.image.stages[0].register_forward_hook(lambda module, given, x: x * 1e9)
+    with pytest.raises(UserError, match=r"65,504.*train\.feature_precision to bf16"):
+        make(model, samples, tmp_path, precision=torch.float16)
+    assert make(model, samples, tmp_path, precision=torch.bfloat16)
+
+
+def test_they_stay_readable_when_they_gave_way(samples, tmp_path):
     model, lines = tiny_model("tiny-clip-rn", "frozen"), []
-    make(model, samples, tmp_path)
-    [first] = complete(tmp_path)
-    size = sum(path.stat().st_size for path in first.iterdir())
+    first = make(model, samples, tmp_path)
+    [folder] = complete(tmp_path)
+    size = sum(path.stat().st_size for path in folder.iterdir())
     assert make(model, samples[:-2], tmp_path, room=size / 2, log=lines.append) is None
-    assert len(lines) == 1 and "are allowed" in lines[0]
-    assert complete(tmp_path) == [first]
-    # Room for two: the one that was used longest ago goes, and who has it open may read on.
-    second = make(model, samples[2:], tmp_path, room=2.2 * size)
-    os.utime(first, (1, 1))
-    make(model, samples[4:], tmp_path, room=2.2 * size)
-    assert first not in complete(tmp_path) and len(complete(tmp_path)) == 2
-    for path in complete(tmp_path):
-        os.utime(path, (1, 1))
-    make(model, samples[6:], tmp_path, room=1.1 * size)
-    assert len(complete(tmp_path)) == 1
-    torch.testing.assert_close(second(samples[5:6]).following[-1], live(model, samples[5:6]).following[-1])
+    assert len(lines) == 1 and "frozen features of 39 images are not kept" in lines[0]
+    make(model, samples[2:], tmp_path, room=1.1 * size)
+    assert len(complete(tmp_path)) == 1 and not folder.exists()
+    torch.testing.assert_close(first(samples[5:6]).following[-1], live(model, samples[5:6]).following[-1])
 
 
-def test_a_full_disk_is_no_end(samples, tmp_path, monkeypatch):
-    model, lines = tiny_model("tiny-clip-rn", "frozen"), []
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(features.os, "fsync", full)
-    assert make(model, samples, tmp_path, log=lines.append) is None
-    assert "No space left" in lines[0] and not [path for path in tmp_path.rglob("*") if path.suffix != ".lock"]
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    assert make(model, samples, tmp_path, log=lines.append) is None
-    assert "has 100" in lines[1]
-
-
-def _make_slowly(samples, folder, started):
-    torch.set_num_threads(1)
-    make(tiny_model("tiny-clip-rn", "frozen"), samples, folder, report=lambda: (started.set(), time.sleep(60)))
-
-
-def _make(samples, folder, made):
-    torch.set_num_threads(1)
-    make(tiny_model("tiny-clip-rn", "frozen"), samples, folder, log=made.put)
-    made.put("end")
-
-
-def test_who_is_killed_leaves_nothing_that_is_taken_for_whole(samples, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_make_slowly, args=(samples, tmp_path, started := context.Event()))
-    process.start()
-    assert started.wait(60)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert not complete(tmp_path) and list(tmp_path.glob(".features-*"))
+def test_two_that_want_the_same_pass_through_the_tower_once(samples, tmp_path):
+    """But for the first images, which give the name."""
+    context = multiprocessing.get_context("fork")
+    folder, passed = tmp_path / "kept", tmp_path / "passed"
     model = tiny_model("tiny-clip-rn", "frozen")
-    known = make(model, samples, tmp_path)(samples[-1:])  # waits for nobody
-    torch.testing.assert_close(known.following[-1], live(model, samples[-1:]).following[-1])
-    assert len(complete(tmp_path)) == 1 and not list(tmp_path.glob(".features-*"))
 
+    def work() -> None:
+        known = model.backbone.image.known
 
-def test_two_that_want_the_same_make_it_once(samples, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    made = context.Queue()
-    processes = [context.Process(target=_make, args=(samples, tmp_path, made)) for _ in range(2)]
+        def noted(pixels, *args):
+            with passed.open("a") as file:
+                file.write(f"{len(pixels)} ")
+            return known(pixels, *args)
+
+        model.backbone.image.known = noted
+        make(model, samples, folder)
+
+    processes = [context.Process(target=work) for _ in range(2)]
     for process in processes:
         process.start()
-    lines = [made.get(timeout=120) for _ in range(3)]
     for process in processes:
-        process.join()
-    assert sorted(line.split()[0] for line in lines) == ["end", "end", "frozen"]
-    assert len(complete(tmp_path)) == 1
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert sorted(passed.read_text().split()) == sorted(["32", "32", "32", "8"])
+    assert len(complete(folder)) == 1
+
+
+def test_who_is_killed_leaves_what_the_next_one_makes_right(samples, tmp_path):
+    context = multiprocessing.get_context("fork")
+    model = tiny_model("tiny-clip-rn", "frozen")
+
+    def work() -> None:
+        known = model.backbone.image.known
+
+        def deadly(pixels, *args):
+            if len(pixels) < 32:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return known(pixels, *args)
+
+        model.backbone.image.known = deadly
+        make(model, samples, tmp_path)
+
+    process = context.Process(target=work)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not complete(tmp_path) and list(tmp_path.glob(".features-*"))
+    known = make(model, samples, tmp_path)(samples[-1:])
+    torch.testing.assert_close(known.following[-1], live(model, samples[-1:]).following[-1])
+    assert len(complete(tmp_path)) == 1 and not list(tmp_path.glob(".features-*"))

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ris_bench"
 FLOORS = [
     ("errors", "code", "files", "cache", "records", "registry", "located", "published", "results", "remote"),
-    ("parallel", "data", "metrics", "protocols", "predictions", "resampling", "scoring"),
+    ("parallel", "kept", "data", "metrics", "protocols", "predictions", "resampling", "scoring"),
     ("speed", "backbones"),
     ("methods",),
     ("head",),

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from ris_bench.backbones.base import Known
-from ris_bench.data import loading
+from ris_bench.data import pixels
 from ris_bench.data.loading import Batch, ReferentBatches, Tokenizer, expression_batches
 from ris_bench.data.refcoco import refcocog_google
 from ris_bench.data.samples import Sample, referents
@@ -228,7 +228,7 @@ def test_what_goes_to_a_gpu_is_pinned(samples: list[Sample], monkeypatch: pytest
         asked.append(settings["pin_memory"])
         return batches
 
-    monkeypatch.setattr(loading, "DataLoader", loader)
+    monkeypatch.setattr(pixels, "DataLoader", loader)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for workers in (0, 1):
         next(ReferentBatches(samples, Tokenizer(17), 32, 4, seed=0, num_workers=workers).epoch(0))
@@ -243,27 +243,6 @@ def test_what_goes_to_a_gpu_is_pinned(samples: list[Sample], monkeypatch: pytest
     )
     found = pin_memory(batch)
     assert len(pinned) == 6 and isinstance(found.image_U3HW, Known) and found.size == 2
-
-
-@pytest.mark.parametrize("budget", [0, 32 * 32 * 3 + 10, 2**30])
-def test_the_cache_is_bounded_and_changes_nothing(
-    budget: int, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = list(batches(samples).epoch(0))
-    monkeypatch.setattr(loading, "CACHE_BYTES", budget)
-    made = batches(samples)
-    for _ in range(2):
-        assert same(made.epoch(0), expected)
-    kept = made._pixels._kept.values()
-    assert sum(pixels.nbytes for pixels in kept) <= budget
-    assert len(kept) == {0: 0, 32 * 32 * 3 + 10: 1, 2**30: 5 + 13}[budget]
-
-
-def test_a_cached_epoch_reads_no_file(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    made = batches(samples)
-    expected = list(made.epoch(0))
-    monkeypatch.setattr(Sample, "image", lambda self: pytest.fail("the file was read again"))
-    assert same(made.epoch(0), expected)
 
 
 def test_evaluation_visits_every_sample_once_and_image_by_image(samples: list[Sample]) -> None:

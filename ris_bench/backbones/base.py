@@ -172,15 +172,17 @@ class ImageTower(Tower):
             return Known(state, tuple(following)) if following else state
         return (self.stem, *self.stages, self.head)[number](x)
 
-    def known(self, image: Tensor | Known) -> Tensor | Known:
+    def known(self, image: Tensor | Known, precision: torch.dtype | None = None) -> Tensor | Known:
         """What the `untouched` steps make of images (B, 3, H, W), without gradient: one pass serves every expression.
 
-        The images themselves where no step is untouched; what is known already as it is.
+        The images themselves where no step is untouched; what is known already as it is. With a `precision` what is
+        float32 is rounded to it, and stays float32; raises UserError where it exceeds that.
         """
         if isinstance(image, Known) or not self.untouched:
             return image
         with torch.no_grad():
-            return self._gone_through(self.untouched, image)
+            known = self._gone_through(self.untouched, image)
+        return known if precision is None else known._each(lambda x: _rounded(x, precision))
 
     def shared(self, image: Tensor | Known, row_B: Tensor) -> Tensor | Known:
         """What follows of `image[row_B]`, with gradient, where rows of one image share as many steps as they can.
@@ -236,6 +238,15 @@ def _ties_rows(module: nn.Module) -> bool:
         return module.training or module.running_mean is None
     rates = (getattr(module, name, None) for name in ("p", "dropout", "drop_prob", "prob"))
     return module.training and any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+
+
+def _rounded(x: Tensor, precision: torch.dtype) -> Tensor:
+    if x.dtype != torch.float32:
+        return x
+    rounded = x.to(precision)
+    if precision == torch.float16 and not rounded.isfinite().all():
+        raise UserError("frozen features exceed what fp16 holds (65,504); set train.feature_precision to bf16 or fp32")
+    return rounded.float()
 
 
 class Backbone(nn.Module):

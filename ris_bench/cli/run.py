@@ -69,8 +69,8 @@ def add(verbs: Any) -> None:
         type=_amount,
         default=50,
         metavar="GB",
-        help="room on disk for what untouched stages make of the training images, shared by trials; 0 works it out in "
-        "every epoch (default: %(default)s)",
+        help="room on disk for letterboxed images and masks and for what untouched stages make of the training images, "
+        "shared by trials; 0 works them out every time (default: %(default)s)",
     )
     add_speed(run)
     run.add_argument(

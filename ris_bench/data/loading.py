@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,15 +10,11 @@ import numpy as np
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
+from ris_bench.data.pixels import Images, Masks, in_order
 from ris_bench.data.samples import Sample, draw, draw_keys, referents
-from ris_bench.data.transforms import Letterbox, normalise
 from ris_bench.errors import UserError
 from ris_bench.parallel import ALONE, Team
-
-CACHE_BYTES = 2**30
-"""Pixels that a training set may keep in memory: enough for one of small images, a part of a large one."""
 
 
 class Batch(NamedTuple):
@@ -93,8 +88,9 @@ class ReferentBatches:
         known: Callable[[Sequence[Sample]], Any] | None = None,
         team: Team = ALONE,
         expressions_per_image: int = 1,
+        masks: Callable[[Sequence[Sample]], Tensor] | None = None,
     ) -> None:
-        """`known` gives what stands in the place of the samples' images, which are then not read.
+        """`known` and `masks` give samples' images, or what stands in their place, and masks, if not from their files.
 
         Each process of the team has its share of every batch.
         """
@@ -108,9 +104,7 @@ class ReferentBatches:
         if self.num_referents < 2:
             raise UserError(f"training needs at least 2 referents and has {self.num_referents}; use another split")
         self._samples, self._batch_size, self._seed, self._num_workers = samples, batch_size, seed, num_workers
-        # A worker's memory is its own and ends with the epoch: it would fill a cache for nothing.
-        self._pixels = Pixels(Letterbox(image_size), 0 if num_workers else CACHE_BYTES)
-        self._images, self._team = known or self._pixels.images, team
+        self._images, self._masks, self._team = known or Images(image_size), masks or Masks(image_size), team
         self._tokens_NL = tokenizer([sample.expression for sample in samples])
 
     @property
@@ -124,8 +118,8 @@ class ReferentBatches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from the one with index `start`."""
         plan = self._plan(epoch)[start:]
-        batches = _Batches(self._samples, self._tokens_NL, self._images, plan, self._pixels.mask, self._team)
-        return _load(batches, self._num_workers)
+        batches = _Batches(self._samples, self._tokens_NL, self._images, plan, self._masks, self._team)
+        return in_order(batches, self._num_workers)
 
     def _plan(self, epoch: int) -> list[list[int]]:
         turn_R = self._draws("order", epoch)
@@ -164,10 +158,12 @@ def expression_batches(
     batch_size: int,
     num_workers: int = 0,
     team: Team = ALONE,
+    known: Callable[[Sequence[Sample]], Any] | None = None,
 ) -> Iterator[Batch]:
     """Evaluation batches: every sample once, without mask; the expressions of an image in one batch, if they fit.
 
-    Each process of the team has some of the batches, and these are what they would be for one.
+    Each process of the team has some of the batches, and these are what they would be for one. `known` gives samples'
+    images, or what stands in their place, if not from their files.
     """
     images: dict[Path, list[int]] = {}
     for position, sample in enumerate(samples):
@@ -179,39 +175,11 @@ def expression_batches(
         else:
             plan.append(part)
     tokens_NL = tokenizer([sample.expression for sample in samples])
-    pixels = Pixels(Letterbox(image_size), 0)
-    return _load(_Batches(samples, tokens_NL, pixels.images, team.share(plan)), num_workers)
-
-
-class Pixels:
-    """Letterboxed images and masks as uint8, kept until the budget is spent."""
-
-    def __init__(self, letterbox: Letterbox, budget: int) -> None:
-        self._letterbox, self._budget = letterbox, budget
-        self._kept: dict[Hashable, Tensor] = {}
-
-    def images(self, samples: Sequence[Sample]) -> Tensor:
-        """(B, 3, H, W) float32, normalised."""
-        return normalise(torch.stack([self._get(s.image_path, partial(self._letterboxed, s)) for s in samples]))
-
-    def _letterboxed(self, sample: Sample) -> np.ndarray:
-        return self._letterbox.image(sample.image())
-
-    def mask(self, sample: Sample) -> Tensor:
-        return self._get(sample.referent, lambda: np.rint(self._letterbox.mask(sample.mask()) * 255).astype(np.uint8))
-
-    def _get(self, key: Hashable, make: Callable[[], np.ndarray]) -> Tensor:
-        if key in self._kept:
-            return self._kept[key]
-        pixels = torch.from_numpy(make())
-        if pixels.nbytes <= self._budget:
-            self._budget -= pixels.nbytes
-            self._kept[key] = pixels
-        return pixels
+    return in_order(_Batches(samples, tokens_NL, known or Images(image_size), team.share(plan)), num_workers)
 
 
 class _Batches(torch.utils.data.Dataset):
-    """Batch number -> Batch, or the UserError it met: raised in a worker it would come wrapped in a traceback."""
+    """Batch number -> Batch."""
 
     def __init__(
         self,
@@ -219,44 +187,27 @@ class _Batches(torch.utils.data.Dataset):
         tokens_NL: Tensor,
         images: Callable[[Sequence[Sample]], Any],
         plan: list[list[int]],
-        mask: Callable[[Sample], Tensor] | None = None,
+        masks: Callable[[Sequence[Sample]], Tensor] | None = None,
         team: Team = ALONE,
     ) -> None:
-        self._samples, self._tokens_NL, self._images, self._plan, self._mask = samples, tokens_NL, images, plan, mask
+        self._samples, self._tokens_NL, self._images, self._plan, self._masks = samples, tokens_NL, images, plan, masks
         self._team = team
 
     def __len__(self) -> int:
         return len(self._plan)
 
-    def __getitem__(self, number: int) -> Batch | UserError:
+    def __getitem__(self, number: int) -> Batch:
         whole = self._plan[number]
         own = self._team.share(whole) or whole[:1]
         index_B = torch.tensor(own)
         samples = [self._samples[i] for i in own]
         first = {sample.image_path: sample for sample in reversed(samples)}
         row = {path: row for row, path in enumerate(first)}
-        try:
-            image_U3HW = self._images(list(first.values()))
-            mask_B1HW = None
-            if self._mask is not None:
-                mask_B1HW = torch.stack([self._mask(s) for s in samples])[:, None].float().div_(255)
-        except UserError as error:
-            return error
+        image_U3HW = self._images(list(first.values()))
+        mask_B1HW = self._masks and self._masks(samples)
         row_B = torch.tensor([row[sample.image_path] for sample in samples])
         return Batch(image_U3HW, row_B, self._tokens_NL[index_B], mask_B1HW, index_B, len(whole))
 
 
 def _cut(order: list[int], batch_size: int) -> list[list[int]]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-def _load(batches: _Batches, num_workers: int) -> Iterator[Batch]:
-    # Its own generator: DataLoader would draw from torch's, and with it shift every dropout mask that follows.
-    generator = torch.Generator()
-    # From pinned memory a GPU copies for itself, without this process.
-    pinned = num_workers > 0 and torch.cuda.is_available()
-    loader = DataLoader(batches, batch_size=None, num_workers=num_workers, generator=generator, pin_memory=pinned)
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
