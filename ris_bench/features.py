@@ -92,7 +92,7 @@ def frozen_features(
         weights: the sha256 of every file that the tower's weights came from.
         precision: as `ImageTower.known` has it.
     """
-    if tower.untouched < FEWEST_STEPS or not room:
+    if tower.untouched < FEWEST_STEPS or not (room and samples):
         return None
     images = one_per_image(samples)
 

@@ -46,7 +46,7 @@ class Images:
 
         Raises UserError for a photo that is missing or damaged.
         """
-        if not room:
+        if not (room and samples):
             return
         images, side = one_per_image(samples), self._letterbox.size
         name = named("images", chain([self._read(images[:WITNESSES]).numpy()], state_of(images)))
@@ -67,8 +67,10 @@ class Images:
 
 
 class _Runs(NamedTuple):
-    """Masks, one after the other, as runs of one value: of real objects at 416 pixels a twenty-fifth of the bytes, which
-    take no longer to read than the pixels would."""
+    """Masks, one after the other, as runs of one value.
+
+    At 416 pixels these are a twenty-fifth of the bytes, and are read in a third of the time.
+    """
 
     values: Tensor
     """uint8."""
@@ -116,7 +118,7 @@ class Masks:
 
         Raises UserError for a malformed segmentation.
         """
-        if not room:
+        if not (room and samples):
             return
         firsts = [samples[positions[0]] for positions in referents(samples)]
         few = self._runs(firsts[:WITNESSES]).raw()
