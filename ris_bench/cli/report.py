@@ -11,7 +11,7 @@ from ris_bench.cli.arguments import place
 from ris_bench.errors import UserError
 from ris_bench.protocols import PROTOCOLS, RIS_BENCH, find
 from ris_bench.remote import is_url
-from ris_bench.report import folder
+from ris_bench.report import folder, speeds
 from ris_bench.rescored import rescored
 from ris_bench.results import Store
 
@@ -19,6 +19,7 @@ REPORT = f"""\
 Makes the tables, figures and page of an experiment anew, from the files of its results alone: no data is needed, and
 no PyTorch for an experiment that was run as it stands. Files that are no result of its trials are named and left out.
 Of results at a URL the report is made on this machine, where it says; nothing is written there.
+What `python -m benchmarks.speed --out RESULTS/speed.json` has measured is shown with every experiment of RESULTS.
 
 {chr(10).join(f"{kind:<5} {what}" for kind, what in folder.FORMATS.items())}
 """
@@ -85,12 +86,14 @@ def _call(args: argparse.Namespace) -> int:
         raise UserError(f"{store.place} has no result of {experiment.path}: run it, or give --results DIR{left_out}")
     if missing := [trial.id for trial in experiment.trials(results) if trial.id not in results]:
         skipped.append(f"without a result: {', '.join(missing)}")
+    measured, unread = speeds.read(store.root)
+    skipped += unread
     by = None
     if args.protocol is not None and (protocol := find(args.protocol)) is not RIS_BENCH:
         if args.against is not None:
             raise UserError("--against compares the expressions, which are counted by ris-bench; leave out --protocol")
         args.format = tuple(name for name in args.format if name in folder.TABLES)
-        into /= protocol.name
+        into, measured = into / protocol.name, None
         by = rescored(results, store, protocol)
         shown = {run.trial.id for run in experiment.reported(results)}
         if lacking := [name for name in by.lacking if name in shown]:
@@ -104,7 +107,7 @@ def _call(args: argparse.Namespace) -> int:
 
         compared = compare(experiment, store, args.against)
     table, written, absent = folder.write(
-        experiment, results, store, into, args.format, compared=compared, skipped=skipped, by=by
+        experiment, results, store, into, args.format, compared=compared, skipped=skipped, by=by, speeds=measured
     )
     for line in (*skipped, *absent):
         print(f"warning: {line}", file=sys.stderr)

@@ -15,11 +15,12 @@ from ris_bench.results import Store
 if TYPE_CHECKING:
     from ris_bench.plan import Experiment
     from ris_bench.report.comparison import Comparisons
+    from ris_bench.report.speeds import Speeds
     from ris_bench.rescored import Rescored
 
 FORMATS = {
-    "md": "table.md, and comparison.md where there is one",
-    "tex": "table.tex, which needs booktabs and, where it is wide, graphicx",
+    "md": "table.md, and comparison.md and speed.md where there is one",
+    "tex": "table.tex, which needs booktabs and, where it is wide, graphicx, and speed.tex",
     "csv": "table.csv, for pandas",
     "svg": "figures/*.svg",
     "png": "figures/*.png",
@@ -54,6 +55,7 @@ def write(
     compared: Comparisons | None = None,
     skipped: Sequence[str] = (),
     by: Rescored | None = None,
+    speeds: Speeds | None = None,
 ) -> tuple[tables.Table, list[Path], list[str]]:
     """Write an experiment's report; each file appears whole or not at all.
 
@@ -64,6 +66,7 @@ def write(
         compared: the rows of the table against one of them, which marks the table.
         skipped: what was left out of `results`, in sentences.
         by: what put other scores in the place of their own; then `formats` are of TABLES.
+        speeds: what was measured of the computation, which is the same for all experiments.
 
     Returns the table, the files, and why figures are not there.
     """
@@ -72,6 +75,9 @@ def write(
     files = {folder / f"table.{kind}": text for kind, text in texts.items() if kind in formats}
     if compared and "md" in formats:
         files[folder / "comparison.md"] = compared.markdown()
+    if speeds:
+        texts = {"md": speeds.markdown(), "tex": speeds.latex()}
+        files |= {folder / f"speed.{kind}": text for kind, text in texts.items() if kind in formats}
     for path, text in files.items():
         write_whole(path, text)
     if by is None:
@@ -88,7 +94,15 @@ def write(
 
         path = folder / "report.html"
         page.write(
-            path, experiment, store, results, compared=compared, drawings=drawings, absent=absent, skipped=skipped
+            path,
+            experiment,
+            store,
+            results,
+            compared=compared,
+            drawings=drawings,
+            absent=absent,
+            skipped=skipped,
+            speeds=speeds,
         )
         written.append(path)
     return table, written, absent

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the last imports matplotlib
     from ris_bench.plan import Experiment
     from ris_bench.report.comparison import Comparisons
     from ris_bench.report.drawing import Drawing
+    from ris_bench.report.speeds import Speeds
 
 FILE = Path(__file__)
 
@@ -96,6 +97,7 @@ def write(
     drawings: Sequence[Drawing] = (),
     absent: Sequence[str] = (),
     skipped: Sequence[str] = (),
+    speeds: Speeds | None = None,
     pictures: int = LIMIT,
 ) -> None:
     """Write the page; it appears whole or not at all.
@@ -106,6 +108,7 @@ def write(
         compared: the rows of the table against one of them; without it the page says how to have it.
         drawings, absent: what `figures.draw` returns.
         skipped: what `results` lacks, in sentences.
+        speeds: without it the page has no section on speed.
         pictures: at most so many in the gallery.
     """
     wanted = experiment.trials(results)
@@ -124,7 +127,8 @@ def write(
         summary=list(_summary(wanted, known)),
         sections=[
             (name, name.capitalize())
-            for name in ("results", "audit", "statistics", "figures", "gallery", "failures", "configuration")
+            for name in ("results", "audit", "statistics", "figures", "speed", "gallery", "failures", "configuration")
+            if speeds or name != "speed"
         ],
         results_table=_results_table(experiment, results, compared),
         audit=list(_audit(experiment, results, known)),
@@ -132,6 +136,7 @@ def write(
         no_statistics="No row was named that the others are to be compared with: ris-bench report --against METHOD.",
         figures=list(_figures(drawings)),
         no_figures=absent or ([] if drawings else ["There are none: they are drawn with ris-bench report."]),
+        speed=speeds and _speed_table(speeds),
         pictures=shown,
         pictured=list(dict.fromkeys(picture.row for picture in shown)),
         datasets=list(dict.fromkeys(picture.key.dataset for picture in shown)),
@@ -230,6 +235,21 @@ def _statistics_table(compared: Comparisons) -> _Table:
     ]
     caption = f"Against {compared.against}"
     return _Table(id="comparisons", caption=caption, columns=columns, rows=rows, notes=list(compared.notes()))
+
+
+def _speed_table(speeds: Speeds) -> _Table:
+    """What `Speeds.markdown` prints."""
+    from ris_bench.report.speeds import LABELS, NUMBERS
+
+    columns = [_Column(LABELS[0], "label"), *(_Column(title, "text") for title in LABELS[1:])]
+    columns += [_Column(title, "number", first="descending" if title == "Ratio" else "ascending") for title in NUMBERS]
+    rows, above = [], None
+    for labels, cells in speeds.lines():
+        printed = [*map(_Cell, labels), *(_Cell(cell.text, cell.number) for cell in cells)]
+        rows.append(_Row(printed, "starts" if labels[0] != above else ""))
+        above = labels[0]
+    caption = f"On {speeds.device}, {speeds.precision}"
+    return _Table(id="speeds", caption=caption, columns=columns, rows=rows, notes=list(speeds.notes()))
 
 
 def _audit(experiment: Experiment, results: Mapping[str, Result], known: Sequence[Result]) -> Iterator[_Note]:

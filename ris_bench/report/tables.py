@@ -554,7 +554,7 @@ _LETTERS = frozenset(map(chr, range(0xA1, 0x17F))) - {*"«»ÐÞðþĄąĐđĘę
 """Beyond ASCII, that pdflatex prints with the fonts that it begins with."""
 
 
-def _in_latex(text: str) -> str:
+def in_latex(text: str) -> str:
     """Text as LaTeX prints it without any package: a letter that its own fonts lack is named by its number."""
 
     def printed(letter: str, following: str) -> str:
@@ -568,22 +568,22 @@ def _in_latex(text: str) -> str:
 
 def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
     def printed(leaf: _Leaf, cell: _Cell) -> str:
-        text = _in_latex(cell.text)
+        text = in_latex(cell.text)
         if cell.best or cell.second:
             text = rf"\{'textbf' if cell.best else 'underline'}{{{text}}}"
         spread = "" if cell.spread is None else rf" $\pm$ {leaf.format(cell.spread)}"
-        return f"{text}{spread}{_in_latex(cell.marks)}"
+        return f"{text}{spread}{in_latex(cell.marks)}"
 
     def row(cells: Iterable[str]) -> str:
         return rf"{' & '.join(cells)} \\"
 
-    header = [row([*map(_in_latex, body.corner), *(_in_latex(leaf.split or leaf.group) for leaf in body.leaves)])]
+    header = [row([*map(in_latex, body.corner), *(in_latex(leaf.split or leaf.group) for leaf in body.leaves)])]
     above, rules, end = [""] * len(body.corner), [], len(body.corner)
     for _, group in groupby(body.leaves, key=lambda leaf: id(leaf.column)):
         leaves = list(group)
         start, end = end + 1, end + len(leaves)
         if leaves[0].split:
-            above.append(rf"\multicolumn{{{len(leaves)}}}{{c}}{{{_in_latex(leaves[0].group)}}}")
+            above.append(rf"\multicolumn{{{len(leaves)}}}{{c}}{{{in_latex(leaves[0].group)}}}")
             rules.append(rf"\cmidrule(lr){{{start}-{end}}}")
         else:
             above.append("")
@@ -593,7 +593,7 @@ def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
     for group in body.groups():
         lines += [
             r"\midrule",
-            *(row([*map(_in_latex, labels), *map(printed, body.leaves, cells)]) for labels, cells in group),
+            *(row([*map(in_latex, labels), *map(printed, body.leaves, cells)]) for labels, cells in group),
         ]
     columns = len(body.corner) + len(body.leaves)
     environment = "table*" if columns > 6 else "table"  # over both columns of a page
@@ -602,7 +602,7 @@ def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
         [
             rf"\begin{{{environment}}}[t]",
             r"\centering",
-            rf"\caption{{{_in_latex(title)}}}",
+            rf"\caption{{{in_latex(title)}}}",
             rf"\label{{tab:{label}}}",
             *([r"\resizebox{\linewidth}{!}{%"] if fitted else []),
             rf"\begin{{tabular}}{{{'l' * len(body.corner)}{'r' * len(body.leaves)}}}",
@@ -614,7 +614,7 @@ def _latex(body: _Body, title: str, notes: Iterable[str], label: str) -> str:
             "",
             r"\smallskip",
             r"\parbox{\linewidth}{\footnotesize",
-            *(rf"{_in_latex(note)}\par" for note in notes),
+            *(rf"{in_latex(note)}\par" for note in notes),
             "}",
             rf"\end{{{environment}}}",
             "",
