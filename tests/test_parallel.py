@@ -98,15 +98,18 @@ def without_dropout(name: str) -> nn.Module:
     return model
 
 
-def gradients(team: Team, name: str, size: int, accumulate: int, recompute: bool = False) -> dict[str, Tensor]:
-    """Those of a batch of so many rows, and the moving statistics after it."""
+def gradients(
+    team: Team, name: str, size: int, accumulate: int, recompute: bool = False, together: int = 1
+) -> dict[str, Tensor]:
+    """Those of a batch of so many rows, of which `together` have one image, and the moving statistics after it."""
     model = without_dropout(name).train()
     speed.choose(model, "fast", recompute)
     images, tokens = inputs(model, size)
     mask = torch.nn.functional.interpolate(images[:, :1], scale_factor=0.25, mode="area").gt(0).float()
     own = torch.tensor(team.share(range(size)) or [0])
-    batch = Batch(images[own], torch.arange(len(own)), tokens[own], mask[own], own, size)
-    loop = Loop(model, training(accumulate=accumulate), CPU, team)
+    used, row = (own // together).unique(return_inverse=True)
+    batch = Batch(images[used], row, tokens[own], mask[own], own, size)
+    loop = Loop(model, training(accumulate=accumulate, expressions_per_image=together), CPU, team)
     loop._gradients(batch)
     return {name: p.grad for name, p in loop.tuned.items() if p.grad is not None} | model.moving_statistics()
 
@@ -194,6 +197,15 @@ def test_gradients_are_those_of_one_process(name, size, accumulate, duo):
     """Of a single row one process has none, and stands in."""
     expected, found = (run(gradients, name, size, accumulate) for run in (lambda f, *a: f(ALONE, *a), duo))
     assert found.keys() == expected.keys()
+    largest = max(tensor.abs().max() for tensor in expected.values())
+    for key in expected:
+        assert torch.allclose(found[key].double(), expected[key].double(), rtol=1e-3, atol=1e-5 * largest), key
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_expressions_of_an_image_may_lie_in_several_processes(name, duo):
+    arguments = (name, 5, 1, False, 3)
+    expected, found = gradients(ALONE, *arguments), duo(gradients, *arguments)
     largest = max(tensor.abs().max() for tensor in expected.values())
     for key in expected:
         assert torch.allclose(found[key].double(), expected[key].double(), rtol=1e-3, atol=1e-5 * largest), key

@@ -80,7 +80,7 @@ class Speeds:
             yield (
                 (row.case, row.what, f"{row.quick} over {row.slow}"),
                 (
-                    Cell(f"{row.ratio:.2f} [{row.least:.2f}, {row.most:.2f}]", row.ratio),
+                    Cell(f"{_short(row.ratio)} [{_short(row.least)}, {_short(row.most)}]", row.ratio),
                     _pair(row.slow_ms, row.quick_ms),
                     _pair(row.slow_gflop, row.quick_gflop),
                     Cell("–" if share is None else f"{share:.0f}", share),
