@@ -181,6 +181,7 @@ class Loop:
             rows = slice(start, stop) if number else slice(0, 1)
             with batch_norms(self.team, present=number > 0):
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    # Else few rows share an image, by chance, and every part of a batch keeps the shape of the others.
                     if self.training.expressions_per_image > 1:
                         logits = self.model(known, tokens_BL[rows], row_B[rows])
                     else:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY_HEAD, inputs, tiny_model
 
+from ris_bench import evaluation
 from ris_bench.backbones.base import BACKBONES, Known
 from ris_bench.backbones.weights import Weights
 from ris_bench.data.loading import Batch, ReferentBatches, Tokenizer
@@ -20,6 +21,7 @@ from ris_bench.methods.base import METHODS, Method
 from ris_bench.model import RISModel
 from ris_bench.parallel import Team
 from ris_bench.records import Training, plain
+from ris_bench.speed import choose
 from ris_bench.training import Loop
 
 CPU = torch.device("cpu")
@@ -161,6 +163,20 @@ def test_a_grouped_batch_is_the_same_step(model, monkeypatch):
         assert seen == [(number, 3) for number in range(len(model.backbone.image.stages) + 2)]
 
 
+@torch.inference_mode()
+def test_an_evaluation_of_an_image_s_expressions_is_that_of_each(model):
+    model.double().eval()
+    images, _ = inputs(model, 3)
+    _, tokens = inputs(model, 6)
+    images, one = images.double(), torch.tensor([0])
+    together = evaluation.forward(model, images, ROW_B, tokens, CPU, None)
+    alone = [
+        evaluation.forward(model, images[row][None], one, tokens[i][None], CPU, None)
+        for i, row in enumerate(ROW_B.tolist())
+    ]
+    torch.testing.assert_close(together, torch.cat(alone))
+
+
 @pytest.mark.parametrize("backbone, method", [("tiny-clip-rn", "lora"), ("tiny-clip-vit", "adapter")])
 def test_each_part_of_a_batch_shares_its_images(backbone, method, monkeypatch):
     model = tiny_model(backbone, method)
@@ -194,8 +210,6 @@ def test_dropout_draws_for_each_expression(monkeypatch):
 
 
 def test_the_plain_way_looks_at_an_image_for_each_expression(monkeypatch):
-    from ris_bench.speed import choose
-
     model = tiny_model("tiny-clip-vit", "lora").double()
     choose(model, "plain")
     seen = passes(model, monkeypatch)
