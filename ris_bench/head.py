@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ris_bench.backbones.base import Backbone, Features
 from ris_bench.errors import UserError
 from ris_bench.registry import Registry
-from ris_bench.speed import Layers, TwoWays, doubled_convolution, foldable
+from ris_bench.speed import Layers, Region, TwoWays, doubled_convolution, foldable
 
 HEADS = Registry("head", "ris_bench.head")
 """Modules from `Features` to logits. One that has `prepare(maps)` and `decode(features with what that gives for maps)`,
@@ -97,7 +97,7 @@ def coordinates(height: int, width: int, dtype: torch.dtype, device: torch.devic
     return torch.stack([x_HW, y_HW]).to(dtype)
 
 
-class GlobalAlignmentLayer(TwoWays):
+class GlobalAlignmentLayer(TwoWays, Region):
     """Cells attend to each other, then to the words; pre-norm, with a second norm after each attention."""
 
     def __init__(self, width: int, word_width: int, heads: int, ffn: int, dropout: float) -> None:
@@ -166,8 +166,10 @@ def cell_positions(channels: int, height: int, width: int, dtype: torch.dtype, d
     return torch.cat([column, row], dim=2).flatten(0, 1).to(device, dtype)
 
 
-class Projector(TwoWays):
+class Projector(TwoWays, Region):
     """Map (B, C, H, W) -> logits (B, 1, 4H, 4W): a 3x3 convolution whose kernel the sentence writes."""
+
+    compiles = False  # matrices that are made once and kept are nothing that a compiler sees
 
     def __init__(self, width: int, sentence_width: int) -> None:
         super().__init__()

@@ -148,7 +148,8 @@ def load(
         threshold: a pixel is in the mask where its probability is greater; in (0, 1). None is the checkpoint's own, or
             the default of trials where it has none.
         device: None is CUDA where there is one.
-        way: "plain" computes as the papers' code does, "fast" the same in less time.
+        way: "plain" computes as the papers' code does, "fast" the same in less time, "compiled" that with its
+            blocks compiled.
 
     It computes in the precision of its trial, or in fp32; whether that is TF32 (see `settle`) holds for the process.
 
@@ -174,6 +175,8 @@ def load(
     threshold = next(value for value in (threshold, own, Evaluation.threshold) if value is not None)
     if not (isinstance(threshold, float) and 0 < threshold < 1):
         raise UserError(f"a threshold is a probability between 0 and 1, not {threshold!r}")
+    if way == "compiled" and (why := speed.missing_compiler(device)):
+        raise UserError(f"nothing can be compiled here ({why}); compute fast")
     speed.choose(model.to(device), way)
     settle(precision, device)
     return Predictor(model, threshold, device, word_len, dataset, reduced(precision, device))

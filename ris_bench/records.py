@@ -165,7 +165,7 @@ class Cost:
     speed: str | None = None
     """How it computed (see `ris_bench.speed`); None where nobody noted it."""
     recompute: bool = False
-    """Whether the backward pass computed again what is inside the blocks of the towers."""
+    """Whether the backward pass computed again what is inside the blocks of towers and head."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """Two ways to compute the same: as the papers' code does it, and with sums and products in a cheaper order.
 
-Both run on the same parameters. Tests hold them equal, and `benchmarks/speed.py` says what the second one saves.
+Both run on the same parameters. Tests hold them equal, and `benchmarks/speed.py` says what the second one saves. The
+second one can be compiled: what repeats, part by part.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ris_bench.parallel import same_batch_norms
 
-Speed = Literal["plain", "fast"]
+Speed = Literal["plain", "fast", "compiled"]
 
 
 class TwoWays(nn.Module):
@@ -30,8 +31,10 @@ class TwoWays(nn.Module):
 
 
 class Region(nn.Module):
-    """A part that repeats, such as a block of a tower, whose work can be done again in the backward pass."""
+    """A part that repeats, such as a block of a tower: it is compiled by itself, and its work can be done again in the
+    backward pass."""
 
+    compiles = True
     recomputed = False
     """Whether the backward pass works out anew what it needs from inside, so that the forward pass keeps only what
     enters: all blocks are computed twice, in the memory of one."""
@@ -67,17 +70,42 @@ class _Again:
 
 def choose(model: nn.Module, speed: Speed, recompute: bool = False) -> None:
     """How every module of the model computes that knows two ways, and how its convolutions lie in memory; and whether
-    its regions are recomputed.
+    its regions are recomputed, which those that are compiled are not.
 
-    With channels last, a training step on a CPU takes 0.8 of the time where the tower is a ResNet.
+    With channels last, a training step on a CPU takes 0.8 of the time where the tower is a ResNet. Compiled regions
+    draw their dropout otherwise.
     """
     assert speed in get_args(Speed)
-    model.to(memory_format=torch.channels_last if speed == "fast" else torch.contiguous_format)
+    compiled = speed == "compiled"
+    # In the second pass a compiler might choose code for other sizes than in the first, which keeps other things.
+    assert not (compiled and recompute)
+    model.to(memory_format=torch.contiguous_format if speed == "plain" else torch.channels_last)
     for module in model.modules():
         if isinstance(module, TwoWays):
-            module.fast = speed == "fast"
+            module.fast = speed != "plain"
         if isinstance(module, Region):
             module.recomputed = recompute
+            module._compiled_call_impl = None
+            if compiled and module.compiles:
+                module.compile()
+    if compiled:
+        # Code for each kind of block, in training and in evaluation, for the first batch and for those of other sizes;
+        # of a layer whose weight a method changes there is a class for every block.
+        torch._dynamo.config.cache_size_limit = max(MOST_CODE, torch._dynamo.config.cache_size_limit)
+
+
+MOST_CODE = 256
+"""Versions of a function that are compiled before it is left as it is; PyTorch's default is 8."""
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Why nothing can be compiled for a device, in a line; None where it can."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except Exception as error:  # of many kinds: no C++ compiler, no Triton, no headers of Python
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0]}"
+    return None
 
 
 class Kept:
@@ -94,6 +122,10 @@ class Kept:
 
     def __call__(self, make: Callable[[], Any], *tensors: Tensor | None, given: Hashable = None) -> Any:
         """`make()`, which depends on the tensors and on what is `given`."""
+        if torch.compiler.is_compiling():
+            return (
+                make()
+            )  # what a compiler sees is made anew: where a tensor lies, and which version it is, it cannot see
         sources = tuple(t for t in tensors if t is not None)
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
         if wanted or any(t.grad_fn is not None or t.is_inference() or t.is_meta for t in sources):
@@ -163,6 +195,8 @@ def foldable(layer: nn.Module, behind: nn.Module | None) -> bool:
     what passes between the two.
     """
     if not isinstance(behind, _BatchNorm) or behind.training or behind.running_mean is None:
+        return False
+    if torch.compiler.is_compiling():  # it joins them in its own way
         return False
     if torch.is_grad_enabled() and any(p.requires_grad for p in behind.parameters()):
         return False

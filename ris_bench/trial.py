@@ -39,7 +39,7 @@ from ris_bench.model import RISModel, build
 from ris_bench.parallel import ALONE, Team
 from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial, plain
 from ris_bench.results import CHECKPOINTS
-from ris_bench.speed import Speed, choose
+from ris_bench.speed import Speed, choose, missing_compiler
 from ris_bench.training import HALVES, Loop, fit, out_of_memory, reduced, settle, train, under
 
 SHUFFLED = "/shuffled"
@@ -61,8 +61,7 @@ class Places(NamedTuple):
     """How much of a training may be lost if its process dies; 0 writes no checkpoints."""
     speed: Speed = "fast"
     recompute: bool = False
-    """Whether the activations inside the towers' blocks are computed again in the backward pass, to need less memory.
-    """
+    """Whether what is inside the blocks of towers and head is computed again in the backward pass, for less memory."""
     processes: int = 1
     """How many share the work of a trial, each with a GPU of its own or, without GPUs, a core (see `parallel`)."""
 
@@ -159,6 +158,8 @@ class _Run:
         """The arithmetic that is really used."""
         self.places, self.weights = places, Weights(places.weights)
         self.room = Room(cache.folder() / "features", places.feature_bytes, self.log, lambda: self.tell("load"))
+        self.speed = places.speed
+        """That which is really used."""
         self.started = datetime.now(timezone.utc)
         self.params: Params | None = None
         self.cost: Cost | None = None
@@ -189,7 +190,10 @@ class _Run:
         dataset = DATASETS.build(trial.dataset)
         dataset.locate(self.places.data)
         model = build(trial, self.weights).to(self.device)
-        choose(model, self.places.speed, self.places.recompute)
+        if self.speed == "compiled" and (why := self.uncompiled()):
+            self.speed = "fast"
+            self.log(f"nothing is compiled: {why}")
+        choose(model, self.speed, self.places.recompute)
         self.params = model.count()
         self.log(f"{trial.id} on {self.device_name}: {self.params}")
         self.tokenizer = Tokenizer(dataset.word_len, model.backbone.vocab_size)
@@ -271,6 +275,12 @@ class _Run:
         evaluation.overlays(model, validation, self.folder / "overlays", **self.settings)
         self.cost = self.measure(batches.num_referents * len(self.history))
 
+    def uncompiled(self) -> str | None:
+        """Why regions are not compiled though it was asked for, if so."""
+        if self.team.size > 1:
+            return "norms over the rows of several processes cannot be"
+        return missing_compiler(self.device)
+
     @cached_property
     def board(self) -> EventsWriter:
         """For TensorBoard. Not its SummaryWriter, whose thread ends when the disk is full: who adds more waits for it
@@ -305,7 +315,7 @@ class _Run:
                 "versions": versions(),
                 "weights": self.weights.sha256,
                 "device": self.device.type,
-                "speed": self.places.speed,
+                "speed": self.speed,
             },
         )
 
@@ -500,7 +510,7 @@ class _Run:
             device=self.device_name,
             micro_batches=self.loop.parts,
             processes=self.team.size,
-            speed=self.places.speed,
+            speed=self.speed,
             recompute=self.places.recompute,
         )
 

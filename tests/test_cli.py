@@ -149,6 +149,7 @@ def test_without_ray_the_way_out_is_named(bench, monkeypatch, tmp_path):
         ["--address", "auto"],
         ["--gpus-per-trial", "1.5"],
         ["--executor", "threads"],
+        ["--recompute", "--speed", "compiled"],
         ["--frobnicate"],
     ],
 )

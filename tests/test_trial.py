@@ -68,6 +68,14 @@ def test_both_ways_to_compute_differ_by_rounding_alone(tmp_path, monkeypatch):
         assert fast.scores[split].miou == pytest.approx(scores.miou, abs=1e-2)
 
 
+def test_without_a_compiler_a_trial_says_so_and_is_fast(tmp_path, monkeypatch):
+    one = next(t for t in trials("quickstart.yaml", *SHORT) if t.method.name == "frozen")
+    monkeypatch.setattr(trial, "missing_compiler", lambda device: "no compiler")
+    result = run(one, tmp_path / "t", speed="compiled")
+    assert (result.status, result.cost.speed) == ("done", "fast")
+    assert "nothing is compiled: no compiler" in (tmp_path / "t" / "log.txt").read_text()
+
+
 def test_a_trial_leaves_what_it_promises(tmp_path):
     one = next(t for t in trials("quickstart.yaml", *SHORT) if t.method.name == "lora")
     seen = []

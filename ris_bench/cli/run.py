@@ -76,8 +76,8 @@ def add(verbs: Any) -> None:
     run.add_argument(
         "--recompute",
         action="store_true",
-        help="compute what is inside the blocks of the towers again in the backward pass instead of keeping it: less "
-        "memory, more time, the same numbers but for rounding",
+        help="compute what is inside the blocks of towers and head again in the backward pass instead of keeping it: "
+        "less memory, more time, the same numbers but for rounding",
     )
     run.add_argument(
         "--checkpoint-minutes",
@@ -163,6 +163,8 @@ def _call(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     ray_options["processes"] = processes
     ray_options["memory_gb"] = dict(args.memory_per_trial or ())
     ray_options["patience"] = 3600 if args.patience_minutes is None else 60 * args.patience_minutes
+    if args.recompute and args.speed == "compiled":
+        parser.error("--recompute: not with --speed compiled")
     if args.json and not args.dry_run:
         parser.error("--json goes with --dry-run")
 
