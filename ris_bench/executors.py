@@ -188,7 +188,6 @@ def through_ray(
             """Trials that run side by side, with the GPUs of each."""
 
             def known() -> dict[str, int]:
-                job.store.refresh()
                 return packing.peaks(job.store.done(), job.places.speed, job.places.recompute)
 
             def most(wave: list[Trial]) -> int:
