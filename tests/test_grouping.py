@@ -204,7 +204,7 @@ def test_dropout_draws_for_each_expression(monkeypatch):
                 parameter.normal_()
     seen = passes(model, monkeypatch)
     check(model)
-    assert dict(seen)[len(backbone.image.stages) + 1] == 6
+    assert [rows for number, rows in seen if number == len(backbone.image.stages) + 1] == [6, 6]
 
 
 def test_the_plain_way_looks_at_an_image_for_each_expression(monkeypatch):
