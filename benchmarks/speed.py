@@ -8,7 +8,8 @@ the processor's time that is taken, which other processes disturb less. Three wa
               both towers trained and the statistics of their norms moved
     plain     the same function as fast, computed as the papers' code computes it; an image is encoded anew for every
               expression
-    fast      what trials do; "cached" with what is known of the images from disk
+    fast      what trials do; "cached" with what is known of the images from disk. With `--speed compiled` that is
+              compiled too
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ from ris_bench.training import segmentation_loss
 EXPRESSIONS = 7
 """Of an image: RefCOCO's val has 10,834 on 1,500."""
 TRAIN_BATCH = {"cpu": 2, "cuda": 32}
+REFERENTS = 42_404
+"""That an epoch of RefCOCO passes through."""
 MEASURES = ("forward", "grouped", "train", "postprocess", "load")
 PHOTO = (480, 640)
 """Height and width of the usual image of COCO."""
@@ -90,6 +93,8 @@ class Row(NamedTuple):
     most: float
     per_second: float
     """Expressions (in training, images) of the quicker way."""
+    epoch_minutes: float | None
+    """That the quicker way would take to train an epoch of RefCOCO, if nothing but its steps took time."""
     slow_gflop: float | None
     """Of one run in products and sums of matrices, convolutions and attention; a product and a sum count as two."""
     quick_gflop: float | None
@@ -104,6 +109,8 @@ class Bench(NamedTuple):
     device: torch.device
     autocast: torch.dtype | None
     repeats: int
+    way: speed.Speed
+    """That is compared with the plain way."""
     rate: float
     """GFLOP a second of one large product of matrices."""
 
@@ -139,6 +146,7 @@ class Bench(NamedTuple):
                 least=min(ratios),
                 most=max(ratios),
                 per_second=number / took,
+                epoch_minutes=REFERENTS / number * took / 60 if what.startswith("training") else None,
                 slow_gflop=gflops[slow],
                 quick_gflop=gflops[quick],
                 ceiling=gflops[quick] and gflops[quick] / took / self.rate,
@@ -178,7 +186,7 @@ def _resident(field: str) -> int:
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """GFLOP a second of the best of a few large products of matrices."""
     side = 1536 if device.type == "cpu" else 8192
-    one, clock = torch.randn(side, side, device=device, dtype=dtype), Bench(device, None, 0, 0.0)
+    one, clock = torch.randn(side, side, device=device, dtype=dtype), Bench(device, None, 0, "fast", 0.0)
     best = float("inf")
     for _ in range(5):
         started = clock.now()
@@ -257,16 +265,16 @@ def training(bench: Bench, model: RISModel, cached: bool = False) -> Callable[[]
 
 def measure(bench: Bench, label: str, measures: set[str]) -> Iterator[Row]:
     case = CASES[label]
-    fast, plain = (build(case, way, bench.device) for way in ("fast", "plain"))
+    fast, plain = (build(case, way, bench.device) for way in (bench.way, "plain"))
     for name, expressions in (("forward", 1), ("grouped", EXPRESSIONS)):
         if name in measures:
-            runs = {"plain": evaluation(bench, plain, expressions), "fast": evaluation(bench, fast, expressions)}
+            runs = {"plain": evaluation(bench, plain, expressions), bench.way: evaluation(bench, fast, expressions)}
             yield from bench.compare(label, f"evaluation, {expressions} of an image", runs, expressions)
     if "train" in measures:
         runs = {"released": training(bench, as_released(case, bench.device)), "plain": training(bench, plain)}
         batch = TRAIN_BATCH[bench.device.type]
         cached = fast.backbone.image.untouched > 1
-        quick = {"cached" if cached else "fast": training(bench, fast, cached)}
+        quick = {"cached" if cached else bench.way: training(bench, fast, cached)}
         yield from bench.compare(label, f"training step of {batch}", runs | quick, batch)
 
 
@@ -358,6 +366,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each way (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="on a CPU (default: %(default)s)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="on a GPU (default: %(default)s)")
+    parser.add_argument("--speed", choices=("fast", "compiled"), default="fast", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also written there")
     args = parser.parse_args()
     if unknown := sorted({*args.cases} - {*CASES}):
@@ -368,7 +377,7 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.bfloat16 if device.type == "cuda" and args.precision == "bf16" else None
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {args.threads} threads"
-    bench = Bench(device, autocast, args.repeats, ceiling(device, autocast or torch.float32))
+    bench = Bench(device, autocast, args.repeats, args.speed, ceiling(device, autocast or torch.float32))
     print(f"{name}, torch {torch.__version__}: {bench.rate:.0f} GFLOP/s in a large product of matrices", flush=True)
     of_models = {"forward", "grouped", "train"} & {*args.measures}
     parts = [measure(bench, label, of_models) for label in args.cases if of_models]

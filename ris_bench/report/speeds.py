@@ -27,6 +27,7 @@ WAYS = {
     "released": "training as the released code of the paper does it",
     "plain": "the same function as fast, computed as the papers' code computes it, an image anew for every expression",
     "fast": "what trials do",
+    "compiled": "the same with its blocks compiled by PyTorch",
     "cached": "the same with frozen features from disk",
 }
 
