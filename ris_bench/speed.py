@@ -57,10 +57,11 @@ class _Again:
         self._rows = same_batch_norms()
 
     def __enter__(self) -> None:
-        self._rows.__enter__()
         self._moved = [dict(norm._buffers) for norm in self._norms]
-        for norm, buffers in zip(self._norms, self._moved, strict=True):
-            norm._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
+        copies = [{name: b if b is None else b.clone() for name, b in moved.items()} for moved in self._moved]
+        self._rows.__enter__()
+        for norm, buffers in zip(self._norms, copies, strict=True):
+            norm._buffers.update(buffers)
 
     def __exit__(self, *error: Any) -> None:
         for norm, buffers in zip(self._norms, self._moved, strict=True):
@@ -122,10 +123,8 @@ class Kept:
 
     def __call__(self, make: Callable[[], Any], *tensors: Tensor | None, given: Hashable = None) -> Any:
         """`make()`, which depends on the tensors and on what is `given`."""
-        if torch.compiler.is_compiling():
-            return (
-                make()
-            )  # what a compiler sees is made anew: where a tensor lies, and which version it is, it cannot see
+        if torch.compiler.is_compiling():  # it does not know where a tensor will lie, nor its version
+            return make()
         sources = tuple(t for t in tensors if t is not None)
         wanted = torch.is_grad_enabled() and any(t.requires_grad for t in sources)
         if wanted or any(t.grad_fn is not None or t.is_inference() or t.is_meta for t in sources):
