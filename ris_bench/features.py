@@ -51,7 +51,7 @@ class _File:
         return Mapped(path, self.kept, self.shape)
 
     def rows(self, mapped: Mapped, row_B: Tensor) -> Tensor:
-        rows = mapped.tensor[row_B].to(self.given)
+        rows = mapped.tensor.index_select(0, row_B).to(self.given)
         return rows.permute(tuple(map(self.order.index, range(len(self.order)))))
 
 

@@ -38,7 +38,7 @@ class Images:
         if self._kept is None:
             pixels_B3SS = self._read(samples)
         else:
-            pixels_B3SS = self._kept.tensor[torch.tensor([self._row[sample.image_path] for sample in samples])]
+            pixels_B3SS = self._kept.tensor.index_select(0, torch.tensor([self._row[s.image_path] for s in samples]))
         return normalise(pixels_B3SS.permute(0, 2, 3, 1))
 
     def keep(self, samples: Sequence[Sample], room: Room, num_workers: int = 0) -> None:
@@ -110,7 +110,7 @@ class Masks:
         self._kept: tuple[Mapped, Mapped, Mapped] | None = None
 
     def __call__(self, samples: Sequence[Sample]) -> Tensor:
-        mask_BSS = self._read(samples) if self._kept is None else np.stack([self._unpacked(s) for s in samples])
+        mask_BSS = (self._read if self._kept is None else self._unpacked)(samples)
         return torch.from_numpy(mask_BSS)[:, None].float().div_(255)
 
     def keep(self, samples: Sequence[Sample], room: Room, num_workers: int = 0) -> None:
@@ -143,11 +143,13 @@ class Masks:
     def _runs(self, samples: Sequence[Sample]) -> _Runs:
         return _Runs.of(self._read(samples))
 
-    def _unpacked(self, sample: Sample) -> np.ndarray:
-        values, lengths, ends = (mapped.tensor for mapped in self._kept)
-        row, side = self._row[sample.referent], self._letterbox.size
-        runs = slice(int(ends[row - 1]) if row else 0, int(ends[row]))
-        return np.repeat(values[runs].numpy(), lengths[runs].numpy()).reshape(side, side)
+    def _unpacked(self, samples: Sequence[Sample]) -> np.ndarray:
+        """What `_read` gave."""
+        values, lengths, ends = (mapped.tensor.numpy() for mapped in self._kept)
+        rows = [self._row[sample.referent] for sample in samples]
+        runs = [slice(ends[row - 1] if row else 0, ends[row]) for row in rows]
+        flat = np.repeat(*(np.concatenate([file[run] for run in runs]) for file in (values, lengths)))
+        return flat.reshape(len(rows), self._letterbox.size, self._letterbox.size)
 
 
 def one_per_image(samples: Iterable[Sample]) -> list[Sample]:
