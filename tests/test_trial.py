@@ -181,7 +181,7 @@ def test_an_id_depends_on_what_can_change_a_number():
 def test_language_is_used(tmp_path):
     """The quickstart's own promise, with its own settings: mIoU of at least 0.45, three times that of the control."""
     one = next(t for t in trials("quickstart.yaml") if t.method.name == READER)
-    result = run(one, tmp_path / "t")
+    result = run(one, tmp_path / "t", feature_bytes=10**9)
     assert result.status == "done", result.error
     splits = ("testA", "testB")
     read = np.mean([result.scores[split].miou for split in splits])
@@ -196,7 +196,7 @@ READER = "frozen"
 
 @pytest.mark.skipif(not SLICE.is_dir(), reason=f"the slice of real photos is not at {SLICE}")
 def test_real_photos_are_learnt(tmp_path):
-    result = run(trials("real_slice.yaml")[0], tmp_path / "t", data=SLICE)
+    result = run(trials("real_slice.yaml")[0], tmp_path / "t", data=SLICE, feature_bytes=10**9)
     assert result.status == "done", result.error
     assert result.scores["val"].num_expressions == 19
     assert result.scores["val"].miou >= 0.5
