@@ -37,7 +37,7 @@ from ris_bench import speed
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.data.pixels import Images
 from ris_bench.data.transforms import CLIP_MEAN, CLIP_STD, Letterbox, restore
-from ris_bench.evaluation import forward, log_odds
+from ris_bench.evaluation import count, forward, log_odds
 from ris_bench.head import HEADS
 from ris_bench.kept import Room
 from ris_bench.methods.base import METHODS
@@ -45,7 +45,7 @@ from ris_bench.model import RISModel
 from ris_bench.predictions import Maps
 from ris_bench.protocols import CRIS
 from ris_bench.resampling import cut
-from ris_bench.training import segmentation_loss
+from ris_bench.training import reduced, segmentation_loss, settle
 
 EXPRESSIONS = 7
 """Of an image: RefCOCO's val has 10,834 on 1,500."""
@@ -316,9 +316,8 @@ def postprocessing(bench: Bench) -> Iterator[Row]:
     frame = Letterbox(size).frame(*PHOTO)
 
     def own() -> None:
-        predicted_1HW = restore(logits_1hw, frame) > log_odds(CRIS.threshold)
-        both = int((predicted_1HW & target_1HW).sum())
-        found["own"] = both / int(predicted_1HW.sum() + target_1HW.sum() - both)
+        counts_14 = count(restore(logits_1hw, frame) > log_odds(CRIS.threshold), target_1HW)
+        found["own"] = counts_14[0, 0].item() / counts_14[0, 1].item()
 
     repeats = bench._replace(repeats=20 * bench.repeats)
     with torch.inference_mode():
@@ -365,7 +364,9 @@ def main() -> None:
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="(default: all)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each way (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="on a CPU (default: %(default)s)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="on a GPU (default: %(default)s)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), default="fp32", help="on a GPU (default: %(default)s)"
+    )
     parser.add_argument("--speed", choices=("fast", "compiled"), default="fast", help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="also written there")
     args = parser.parse_args()
@@ -375,7 +376,7 @@ def main() -> None:
         parser.error(f"--repeats is {args.repeats}; give at least 1")
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    autocast = torch.bfloat16 if device.type == "cuda" and args.precision == "bf16" else None
+    precision, autocast = settle(args.precision, device), reduced(args.precision, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {args.threads} threads"
     bench = Bench(device, autocast, args.repeats, args.speed, ceiling(device, autocast or torch.float32))
     print(f"{name}, torch {torch.__version__}: {bench.rate:.0f} GFLOP/s in a large product of matrices", flush=True)
@@ -392,7 +393,7 @@ def main() -> None:
             print(f"  {row.case}: {row.what}: {row.quick} over {row.slow}: {spread}", flush=True)
     print(tabulate(found, headers="keys", floatfmt=".2f"))
     if args.out:
-        record = {"device": name, "torch": torch.__version__, "precision": "fp32" if autocast is None else "bf16"}
+        record = {"device": name, "torch": torch.__version__, "precision": precision}
         record |= {"ceiling_gflops": bench.rate, "rows": found}
         args.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
 

@@ -79,7 +79,7 @@ def evaluate(
         for index, map_BHW in maps(model, samples, team=team, **settings):
             shown = [samples[i] for i in index]
             predicted_BHW, target_BHW = map_BHW > log_odds(threshold), _targets(shown, map_BHW.device)
-            counts_N4[index] = _count(predicted_BHW, target_BHW)
+            counts_N4[index] = count(predicted_BHW, target_BHW)
             if others:
                 swept_NT2[index] = _sweep(map_BHW, target_BHW, others)
             beside.update(zip(index, _beside(predicted_BHW, shown), strict=True))
@@ -136,7 +136,7 @@ def overlays(
     with inference(model):
         for index, predicted_BHW in masks(model, chosen, **settings):
             shown = [chosen[i] for i in index]
-            intersection_B, union_B, _, _ = _count(predicted_BHW, _targets(shown, predicted_BHW.device)).T.cpu().numpy()
+            intersection_B, union_B, _, _ = count(predicted_BHW, _targets(shown, predicted_BHW.device)).T.cpu().numpy()
             ious = metrics.iou(intersection_B, union_B, RIS_BENCH)
             for sample, predicted_HW, iou in zip(shown, predicted_BHW.cpu().numpy(), ious, strict=True):
                 path = folder / f"{sample.ref_id}-{sample.sentence_index}.png"
@@ -247,26 +247,30 @@ def _targets(samples: Sequence[Sample], device: torch.device) -> Tensor:
     return torch.from_numpy(target_BHW).to(device)
 
 
-def _count(predicted_BHW: Tensor, target_BHW: Tensor) -> Tensor:
+def count(predicted_BHW: Tensor, target_BHW: Tensor) -> Tensor:
     """(B, 4) int64: the `COUNTS` of every sample."""
-    intersection_B, predicted_B, target_B = (
-        mask_BHW.sum((1, 2)) for mask_BHW in (predicted_BHW & target_BHW, predicted_BHW, target_BHW)
-    )
+    intersection_B, predicted_B, target_B = map(_area, (predicted_BHW & target_BHW, predicted_BHW, target_BHW))
     return torch.stack([intersection_B, predicted_B + target_B - intersection_B, predicted_B, target_B], dim=1)
+
+
+def _area(mask_BHW: Tensor) -> Tensor:
+    """(B,) int64: the pixels of every mask."""
+    # On a CPU PyTorch adds up bool, and to int64, in three times the time.
+    return mask_BHW.view(torch.uint8).sum((1, 2), dtype=torch.int32).long()
 
 
 def _sweep(map_BHW: Tensor, target_BHW: Tensor, thresholds: Sequence[float]) -> Tensor:
     """(B, T, 2) int64: intersection and union of every sample at each of some rising thresholds."""
     bounds_T = torch.tensor([log_odds(one) for one in thresholds], dtype=map_BHW.dtype, device=map_BHW.device)
-    # How many of them a pixel exceeds: every pixel is looked at once, however many there are.
+    # How many of them a pixel exceeds, and whether it is of the target: every pixel is looked at once, however many
+    # thresholds there are.
     levels = len(thresholds) + 1
     level_BHW = torch.bucketize(map_BHW, bounds_T)
     level_BHW += levels * torch.arange(len(map_BHW), device=map_BHW.device)[:, None, None]
-    pixels_BT, hits_BT = (
-        torch.bincount(found, minlength=levels * len(map_BHW)).view(-1, levels).flip(1).cumsum(1).flip(1)[:, 1:]
-        for found in (level_BHW.flatten(), level_BHW[target_BHW])
-    )
-    return torch.stack([hits_BT, pixels_BT + target_BHW.sum((1, 2))[:, None] - hits_BT], dim=2)
+    kind_BHW = level_BHW.mul_(2).add_(target_BHW)
+    found_BL2 = torch.bincount(kind_BHW.flatten(), minlength=2 * levels * len(map_BHW)).view(-1, levels, 2)
+    outside_BT, hits_BT = found_BL2.flip(1).cumsum(1).flip(1)[:, 1:].unbind(2)
+    return torch.stack([hits_BT, outside_BT + _area(target_BHW)[:, None]], dim=2)
 
 
 def _beside(predicted_BHW: Tensor, samples: Sequence[Sample]) -> Iterator[tuple[int | None, int | None, int | None]]:
