@@ -92,9 +92,8 @@ class Room:
     def _make(self, folder: Path, size: int, make: Callable[[], Iterable[Mapping[str, memoryview]]]) -> None:
         temporary = self._folder / f".{folder.name}.{size}"
         with self._changed():
-            for remains in self._folder.glob(
-                f".{folder.name}.*"
-            ):  # of a process that was killed: this one has the lock
+            # Remains of a process that was killed: this one has the lock.
+            for remains in self._folder.glob(f".{folder.name}.*"):
                 shutil.rmtree(remains)
             self._make_room(size)
             temporary.mkdir()  # from now on it is counted
@@ -129,26 +128,26 @@ class Room:
         in_use = 0
         idle: dict[Path, int] = {}
         with ExitStack() as stack:
-            for folder in sorted(filter(Path.is_dir, self._folder.iterdir()), key=lambda one: one.stat().st_mtime):
-                unfinished = folder.name.startswith(".")
-                name, _, expected = folder.name[1:].rpartition(".") if unfinished else (folder.name, "", "")
-                kept = int(expected) if unfinished else sum(file.stat().st_size for file in folder.iterdir())
-                if not _locked(stack.enter_context(_opened(self._lock(name))), fcntl.LOCK_EX):
-                    in_use += kept
-                elif unfinished:
+            for path in self._folder.glob("*.lock"):  # what has none is not ours
+                unfinished = list(self._folder.glob(f".{path.stem}.*"))
+                folders = list(filter(Path.is_dir, [self._folder / path.stem]))
+                kept = sum(file.stat().st_size for folder in folders for file in folder.iterdir())
+                if not _locked(stack.enter_context(_opened(path)), fcntl.LOCK_EX):
+                    in_use += kept + sum(int(folder.name.rpartition(".")[2]) for folder in unfinished)
+                    continue
+                for folder in unfinished:
                     shutil.rmtree(folder)
-                else:
-                    idle[folder] = kept
+                idle |= dict.fromkeys(folders, kept)
             if in_use + size > self._bytes:
                 raise OSError(f"{wanted}, and {allowed}, of which {_gigabytes(in_use)} are in use")
             free = shutil.disk_usage(self._folder).free
             if size > free + sum(idle.values()):
                 raise OSError(f"{wanted}, and the disk of {self._folder} has {_gigabytes(free)} free")
-            for folder in list(idle):
+            for folder in sorted(idle, key=lambda folder: folder.stat().st_mtime):
                 if in_use + sum(idle.values()) + size <= self._bytes and size <= shutil.disk_usage(self._folder).free:
                     break
-                shutil.rmtree(folder)
-                del idle[folder]
+                # Half of it, if this process is killed, must not have its name.
+                shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.{idle.pop(folder)}")))
 
 
 class Mapped:

@@ -155,6 +155,36 @@ def test_what_was_used_longest_ago_gives_way(tmp_path):
     assert folders(tmp_path) == ["set-1", "set-3", "set-4"]
 
 
+def test_who_is_killed_while_something_gives_way_leaves_no_half_of_it(tmp_path, monkeypatch):
+    with Room(tmp_path, SIZE) as room:
+        get(room)
+
+    def begin(folder: Path) -> None:
+        (folder / "a").unlink()
+        die()
+
+    def work() -> None:
+        monkeypatch.setattr(kept.shutil, "rmtree", begin)
+        get(Room(tmp_path, SIZE), "set-2")
+
+    process = run(work)
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
+    with Room(tmp_path, SIZE) as room:
+        assert whole(get(room))
+    assert folders(tmp_path) == ["set-1"]
+
+
+def test_what_is_not_its_own_is_let_alone(tmp_path):
+    for name in ("mine", ".mine", ".mine.d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(bytes(SIZE))
+    for name in ("set-1", "set-2"):
+        with Room(tmp_path, SIZE) as room:
+            assert get(room, name)
+    assert folders(tmp_path) == [".mine", ".mine.d", "mine", "set-2"]
+
+
 def test_what_is_used_stays_and_is_counted(tmp_path):
     lines = []
     with Room(tmp_path, 2 * SIZE) as one, Room(tmp_path, 2 * SIZE, lines.append) as other:
