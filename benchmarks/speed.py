@@ -377,7 +377,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision, autocast = settle(args.precision, device), reduced(args.precision, device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {args.threads} threads"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{platform.machine()}, {args.threads} {'thread' if args.threads == 1 else 'threads'}"
     bench = Bench(device, autocast, args.repeats, args.speed, ceiling(device, autocast or torch.float32))
     print(f"{name}, torch {torch.__version__}: {bench.rate:.0f} GFLOP/s in a large product of matrices", flush=True)
     of_models = {"forward", "grouped", "train"} & {*args.measures}

@@ -108,7 +108,7 @@ def summary(result: Result) -> Iterator[tuple[str, float]]:
         yield from ((f"final/{split}/Pr_{threshold}", share) for threshold, share in scores.precision_at.items())
     for kind, record in (("params", result.params), ("cost", result.cost)):
         for name, number in vars(record).items() if record else ():
-            if isinstance(number, (int, float)):
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
                 yield f"{kind}/{name}", number
 
 
