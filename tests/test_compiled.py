@@ -39,31 +39,37 @@ def passes(model: nn.Module, part: nn.Module, *given: torch.Tensor) -> list[torc
         return [out.detach(), *gradients, part(*given)]
 
 
+def by(backend: str, monkeypatch) -> None:
+    """Without the last part of the way, which makes machine code."""
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+
+
+def block_of(backbone: str, method: str) -> tuple[nn.Module, nn.Module]:
+    """A model, and the first block of its image tower."""
+    model = tiny_model(backbone, method)
+    stage = model.backbone.image.stages[0]
+    return model, stage[0] if backbone == "tiny-clip-rn" else stage.blocks[0]
+
+
 @pytest.mark.parametrize(
     "backbone, method, shape", [("tiny-clip-rn", "conv-adapter", (2, 8, 32, 32)), ("tiny-dino", "lora", (2, 69, 64))]
 )
 def test_a_block_is_in_one_piece_and_chosen_anew(backbone, method, shape, monkeypatch):
-    """Without the last part of the way, which makes machine code."""
-    model = tiny_model(backbone, method)
-    stage = model.backbone.image.stages[0]
-    block = stage[0] if backbone == "tiny-clip-rn" else stage.blocks[0]
+    model, block = block_of(backbone, method)
     x = torch.randn(shape)
     with monkeypatch.context() as patch:
-        patch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+        by("eager", patch)
         speed.choose(block, "compiled")
     found = passes(model, block, x)
     assert counters["stats"]["unique_graphs"] >= 2 and not counters["graph_break"]
     before = dict(counters["stats"])
     speed.choose(block, "fast")
-    for one, other in zip(found, passes(model, block, x), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    same(passes(model, block, x), found)
     assert counters["stats"] == before
 
 
-@pytest.mark.compile
-def test_a_compiled_model_agrees():
-    if why := speed.missing_compiler(CPU):
-        pytest.skip(why)
+def test_a_model_agrees_with_itself_compiled(monkeypatch):
+    by("aot_eager", monkeypatch)
     model = tiny_model("tiny-clip-vit", "bridger", head={"dropout": 0.0})
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
@@ -79,8 +85,25 @@ def test_a_compiled_model_agrees():
         for name, tensor in model.moving_statistics().items():
             tensor.copy_(statistics[name])
     assert counters["stats"]["unique_graphs"] > 2 and not counters["graph_break"]
-    for fast, compiled in zip(results["fast"], results["compiled"], strict=True):
-        torch.testing.assert_close(compiled, fast, rtol=1e-3, atol=1e-4 * fast.abs().max().item())
+    same(results["fast"], results["compiled"])
+
+
+@pytest.mark.compile
+def test_machine_code_agrees():
+    if why := speed.missing_compiler(CPU):
+        pytest.skip(why)
+    model, block = block_of("tiny-dino", "lora")
+    x = torch.randn(2, 69, 64)
+    found = {}
+    for way in ("fast", "compiled"):
+        speed.choose(block, way)
+        found[way] = passes(model, block, x)
+    same(found["fast"], found["compiled"])
+
+
+def same(expected: list[torch.Tensor], found: list[torch.Tensor]) -> None:
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4 * one.abs().max().item())
 
 
 def test_without_a_compiler_a_model_is_not_loaded_to_be_compiled(monkeypatch, tmp_path):

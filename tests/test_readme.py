@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -61,3 +62,11 @@ def test_the_new_method_runs(tmp_path):
         assert all(name.endswith("bias") for name in tuned)
     finally:
         METHODS._factories.pop("bitfit", None)
+
+
+def test_its_ratios_are_those_that_were_measured():
+    rows = json.loads((ROOT / "results" / "speed.json").read_text(encoding="utf-8"))["rows"]
+    section = README.split("### Speed\n")[1].split("\n### ")[0]
+    printed = re.findall(r"(\d+\.\d\d) \[(\d+\.\d\d), (\d+\.\d\d)\]", section.split("results/speed.json")[0])
+    measured = {tuple(f"{row[name]:.2f}" for name in ("ratio", "least", "most")) for row in rows}
+    assert len(printed) == 24 and set(printed) <= measured
