@@ -392,7 +392,7 @@ class _Run:
             with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
                 return tower.known(images, HALVES[precision])
 
-        frame, scores = self.evaluate(model, split, validation, known=rounded, num_workers=0)
+        _, scores = self.evaluate(model, split, validation, known=rounded, num_workers=0)
         live = evaluation.scores(self.frames[split])
         if split in self.scores:
             self.scores[split] = replace(live, rounded={"oiou": scores.oiou, "miou": scores.miou})
