@@ -15,6 +15,7 @@ the processor's time that is taken, which other processes disturb less. Three wa
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import statistics
@@ -120,17 +121,16 @@ class Bench(NamedTuple):
     def compare(self, case: str, what: str, runs: Runs, number: int) -> Iterator[Row]:
         """The last of the runs against each of the others; a run does `number` expressions."""
         gflops, peaks, taken = {}, {}, {name: [] for name in runs}
-        for name, run in runs.items():  # this warms up too
+        for name, run in runs.items():
             with FlopCounterMode(display=False) as counter:
                 run()
             gflops[name] = counter.get_total_flops() / 1e9 or None
+            peaks[name] = self.peak(run)  # that run has warmed up what is kept
         for _ in range(self.repeats):
             for name, run in runs.items():
-                before = self._mark()
                 started = self.now()
                 run()
                 taken[name].append(self.now() - started)
-                peaks[name] = self._peak(before)
         *others, quick = runs
         took = statistics.median(taken[quick])
         for slow in others:
@@ -160,22 +160,21 @@ class Bench(NamedTuple):
             return time.perf_counter()
         return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
-    def _mark(self) -> int | None:
-        """Begin to watch the peak; gives what is held now."""
+    def peak(self, run: Callable[[], Any]) -> int | None:
+        """Bytes that a run takes at most, over those held before; None where that is not known."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            return torch.cuda.memory_allocated()
+            before = torch.cuda.memory_allocated()
+            run()
+            return torch.cuda.max_memory_allocated() - before
         try:
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed, and the run would be given that
             Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
-            return _resident("VmRSS")
-        except OSError:
+            before = _resident("VmRSS")
+        except (OSError, AttributeError):  # another system, or another C library
             return None
-
-    def _peak(self, before: int | None) -> int | None:
-        if before is None:
-            return None
-        most = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _resident("VmHWM")
-        return max(0, most - before)
+        run()
+        return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:

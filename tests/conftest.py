@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,8 @@ from ris_bench.results import Store
 
 # As trials do: more threads than cores, when several tests run at once, take many times as long.
 torch.set_num_threads(1)
+# Ray's workers give way to all other processes, of which several tests at once have many.
+os.environ.update(RAY_worker_niceness="0")
 
 TINY = [name for name in BACKBONES if name.startswith("tiny-")]
 OPTIONS = {"bridger": {"width": 16}, "detris": {"image_width": 32, "text_width": 16, "attention_width": 32}}

@@ -67,7 +67,7 @@ from ris_bench.methods.lora import LoRA
 class Struck(LoRA):
     def forward(self, backbone, image, tokens_BL):
         features = super().forward(backbone, image, tokens_BL)
-        time.sleep(0.1)
+        time.sleep(0.05)
         fault = Path(os.environ["FAULT"])
         if self.training and fault.exists():
             kind = fault.read_text()
@@ -270,6 +270,136 @@ def sweep(tmp_path, expected) -> Iterator[Sweep]:
         yield Sweep(tmp_path, expected.cache)
 
 
+# Those through Ray take longest and come first, so that none is left alone at the end.
+
+
+@pytest.mark.ray
+def test_workers_are_killed(sweep, expected):
+    """Once each, which is retried; one of them twice, which is not."""
+    moments = random.Random("workers")
+    left = {trial: [moments.randrange(1, CHECKPOINTS)] for trial in expected.trials}
+    twice = expected.trials[moments.randrange(4)]
+    left[twice] = sorted(moments.sample(range(1, CHECKPOINTS), 2))
+    command = sweep.start(*ALWAYS)
+    killed = {None}
+
+    def next_one() -> str | None:
+        alive = (trial for trial, numbers in left.items() if numbers and sweep.process(trial) not in killed)
+        return next((trial for trial in alive if sweep.reached(trial, left[trial][0])()), None)
+
+    while any(left.values()):
+        trial = command.meets(next_one)
+        left[trial].pop(0)
+        process = sweep.process(trial)
+        os.kill(process, signal.SIGKILL)
+        killed.add(process)
+    said = command.ends(1)
+    assert said.count("starts again: its process died") == 4
+    assert has(said, rf"failed: {twice}: its process died twice: killed, out of memory, or .*; see ")
+    done = sweep.done()
+    assert done.keys() == set(expected.trials) - {twice}
+    for trial in done:
+        assert "goes on from the checkpoint" in sweep.log(trial)
+    sweep.start(*ALWAYS).ends(0)
+    assert "goes on from the checkpoint" in sweep.log(twice)
+    expected.check(sweep, done)
+
+
+@pytest.mark.ray
+def test_the_driver_of_workers_is_killed(sweep, expected):
+    """Those live on for a while, beside those of the next driver, which starts at once."""
+    moments = random.Random("driver of workers")
+    command = sweep.start(*ALWAYS)
+    command.meets(sweep.reached(expected.trials[moments.randrange(2)], moments.randrange(1, CHECKPOINTS)))
+    command.process.kill()
+    command.ends(-signal.SIGKILL)
+    done = sweep.done()
+    sweep.start(*ALWAYS).ends(0)
+    expected.check(sweep, done)
+
+
+@pytest.mark.ray
+def test_ctrl_c_under_ray(sweep, expected):
+    moments = random.Random("ctrl-c under Ray")
+    trial = expected.trials[moments.randrange(2)]
+    rarely = ("--checkpoint-minutes", "60")
+    command = sweep.start(*rarely)
+    command.meets(sweep.reached(trial, 1))
+    command.interrupt()
+    said = command.ends(130)
+    assert "stops after the step that is running" in said and "the same command goes on with the rest" in said
+    done = sweep.done()
+    assert trial not in done
+    sweep.start(*rarely).ends(0)
+    assert "goes on from the checkpoint" in sweep.log(trial)
+    expected.check(sweep, done)
+
+
+@pytest.mark.ray
+def test_a_file_system_hangs(sweep, expected, tmp_path):
+    """Whoever opens a pipe waits for somebody who writes to it."""
+    moments = random.Random("hang")
+    sweep.environment["RIS_BENCH_CACHE"] = str(shutil.copytree(expected.cache, tmp_path / "cache"))
+    trial = expected.trials[moments.randrange(2)]
+    command = sweep.start(*ALWAYS, "--patience-minutes", "0.3")
+    command.meets(sweep.reached(trial, moments.randrange(1, 5)))
+    [image] = tmp_path.glob("cache/scenes-*/images/**/val_000000.jpg")
+    image.rename(tmp_path / image.name)
+    os.mkfifo(image)
+    process = sweep.process(trial)
+    attempt = sweep.attempt(trial)
+    command.meets(lambda: "no progress for 0.3 minutes: its process was ended" in (attempt / "log.txt").read_text())
+    (tmp_path / image.name).replace(image)
+    assert f"{trial} starts again: its process died" in command.ends(0)
+    assert not Path(f"/proc/{process}").exists()
+    expected.check(sweep, {})
+
+
+@pytest.fixture
+def nodes(tmp_path, expected) -> Iterator[tuple[str, Path]]:
+    """The address of a cluster of two nodes for one trial each, and what names the processes of the second one."""
+    from ray.cluster_utils import Cluster
+
+    def node(mark: Path) -> dict[str, object]:
+        variables = {"RIS_BENCH_CACHE": str(expected.cache), "FAULT": str(mark)}
+        return {"num_cpus": 1, "object_store_memory": 2**27, "env_vars": variables}
+
+    mark = tmp_path / "second"
+    with nothing_left_behind(tmp_path), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # A node whose processes are gone is missed after seconds, as it is not while one is merely slow to answer.
+        patch.setenv("RAY_health_check_initial_delay_ms", "0")
+        patch.setenv("RAY_health_check_period_ms", "500")
+        head = {**node(tmp_path / "first"), "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            cluster.add_node(**node(mark))
+            yield cluster.address, mark
+        finally:
+            cluster.shutdown()
+
+
+@pytest.mark.ray
+def test_a_node_is_lost(sweep, expected, nodes):
+    address, mark = nodes
+    moments = random.Random("node")
+    number = moments.randrange(1, CHECKPOINTS)
+    command = sweep.start(*ALWAYS, "--address", address)
+
+    def there() -> str | None:
+        on_it = (trial for trial in expected.trials if sweep.process(trial) in of(mark))
+        return next((trial for trial in on_it if sweep.reached(trial, number)()), None)
+
+    trial = command.meets(there)
+    for process in of(mark):
+        with suppress(ProcessLookupError):  # with one the next may end
+            os.kill(process, signal.SIGKILL)
+    assert not (sweep.results / "trials" / trial).exists()
+    assert f"{trial} starts again: its process died" in command.ends(0)
+    assert "goes on from the checkpoint" in sweep.log(trial)
+    expected.check(sweep, {})
+
+
 def test_the_driver_is_killed_three_times(sweep, expected):
     moments = random.Random("driver")
     done: dict[str, int] = {}
@@ -465,130 +595,3 @@ def test_the_disk_is_full(tmp_path, expected, disk):
         disk.free()
         sweep.start("--executor", "local", *ALWAYS).ends(0)
         expected.check(sweep, done)
-
-
-@pytest.mark.ray
-def test_workers_are_killed(sweep, expected):
-    """Once each, which is retried; one of them twice, which is not."""
-    moments = random.Random("workers")
-    left = {trial: [moments.randrange(1, CHECKPOINTS)] for trial in expected.trials}
-    twice = expected.trials[moments.randrange(4)]
-    left[twice] = sorted(moments.sample(range(1, CHECKPOINTS), 2))
-    command = sweep.start(*ALWAYS)
-    killed = {None}
-
-    def next_one() -> str | None:
-        alive = (trial for trial, numbers in left.items() if numbers and sweep.process(trial) not in killed)
-        return next((trial for trial in alive if sweep.reached(trial, left[trial][0])()), None)
-
-    while any(left.values()):
-        trial = command.meets(next_one)
-        left[trial].pop(0)
-        process = sweep.process(trial)
-        os.kill(process, signal.SIGKILL)
-        killed.add(process)
-    said = command.ends(1)
-    assert said.count("starts again: its process died") == 4
-    assert has(said, rf"failed: {twice}: its process died twice: killed, out of memory, or .*; see ")
-    done = sweep.done()
-    assert done.keys() == set(expected.trials) - {twice}
-    for trial in done:
-        assert "goes on from the checkpoint" in sweep.log(trial)
-    sweep.start(*ALWAYS).ends(0)
-    assert "goes on from the checkpoint" in sweep.log(twice)
-    expected.check(sweep, done)
-
-
-@pytest.mark.ray
-def test_the_driver_of_workers_is_killed(sweep, expected):
-    """Those live on for a while, beside those of the next driver, which starts at once."""
-    moments = random.Random("driver of workers")
-    command = sweep.start(*ALWAYS)
-    command.meets(sweep.reached(expected.trials[moments.randrange(2)], moments.randrange(1, CHECKPOINTS)))
-    command.process.kill()
-    command.ends(-signal.SIGKILL)
-    done = sweep.done()
-    sweep.start(*ALWAYS).ends(0)
-    expected.check(sweep, done)
-
-
-@pytest.mark.ray
-def test_ctrl_c_under_ray(sweep, expected):
-    moments = random.Random("ctrl-c under Ray")
-    trial = expected.trials[moments.randrange(2)]
-    rarely = ("--checkpoint-minutes", "60")
-    command = sweep.start(*rarely)
-    command.meets(sweep.reached(trial, 1))
-    command.interrupt()
-    said = command.ends(130)
-    assert "stops after the step that is running" in said and "the same command goes on with the rest" in said
-    done = sweep.done()
-    assert trial not in done
-    sweep.start(*rarely).ends(0)
-    assert "goes on from the checkpoint" in sweep.log(trial)
-    expected.check(sweep, done)
-
-
-@pytest.mark.ray
-def test_a_file_system_hangs(sweep, expected, tmp_path):
-    """Whoever opens a pipe waits for somebody who writes to it."""
-    moments = random.Random("hang")
-    sweep.environment["RIS_BENCH_CACHE"] = str(shutil.copytree(expected.cache, tmp_path / "cache"))
-    trial = expected.trials[moments.randrange(2)]
-    command = sweep.start(*ALWAYS, "--patience-minutes", "0.3")
-    command.meets(sweep.reached(trial, moments.randrange(1, 5)))
-    [image] = tmp_path.glob("cache/scenes-*/images/**/val_000000.jpg")
-    image.rename(tmp_path / image.name)
-    os.mkfifo(image)
-    process = sweep.process(trial)
-    attempt = sweep.attempt(trial)
-    command.meets(lambda: "no progress for 0.3 minutes: its process was ended" in (attempt / "log.txt").read_text())
-    (tmp_path / image.name).replace(image)
-    assert f"{trial} starts again: its process died" in command.ends(0)
-    assert not Path(f"/proc/{process}").exists()
-    expected.check(sweep, {})
-
-
-@pytest.fixture
-def nodes(tmp_path, expected) -> Iterator[tuple[str, Path]]:
-    """The address of a cluster of two nodes for one trial each, and what names the processes of the second one."""
-    from ray.cluster_utils import Cluster
-
-    def node(mark: Path) -> dict[str, object]:
-        variables = {"RIS_BENCH_CACHE": str(expected.cache), "FAULT": str(mark)}
-        return {"num_cpus": 1, "object_store_memory": 2**27, "env_vars": variables}
-
-    mark = tmp_path / "second"
-    with nothing_left_behind(tmp_path), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        # A node whose processes are gone is missed after seconds, as it is not while one is merely slow to answer.
-        patch.setenv("RAY_health_check_initial_delay_ms", "0")
-        patch.setenv("RAY_health_check_period_ms", "500")
-        head = {**node(tmp_path / "first"), "include_dashboard": False}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            cluster.add_node(**node(mark))
-            yield cluster.address, mark
-        finally:
-            cluster.shutdown()
-
-
-@pytest.mark.ray
-def test_a_node_is_lost(sweep, expected, nodes):
-    address, mark = nodes
-    moments = random.Random("node")
-    number = moments.randrange(1, CHECKPOINTS)
-    command = sweep.start(*ALWAYS, "--address", address)
-
-    def there() -> str | None:
-        on_it = (trial for trial in expected.trials if sweep.process(trial) in of(mark))
-        return next((trial for trial in on_it if sweep.reached(trial, number)()), None)
-
-    trial = command.meets(there)
-    for process in of(mark):
-        with suppress(ProcessLookupError):  # with one the next may end
-            os.kill(process, signal.SIGKILL)
-    assert not (sweep.results / "trials" / trial).exists()
-    assert f"{trial} starts again: its process died" in command.ends(0)
-    assert "goes on from the checkpoint" in sweep.log(trial)
-    expected.check(sweep, {})
