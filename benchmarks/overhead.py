@@ -24,9 +24,8 @@ from tabulate import tabulate
 from ris_bench import executors, sweep
 from ris_bench.experiment import load
 from ris_bench.plan import Experiment
-from ris_bench.records import Cost, Epoch, Params, Result, Scores, Trial
+from ris_bench.records import Cost, Epoch, Params, Places, Progress, Result, Scores, Trial
 from ris_bench.results import Store
-from ris_bench.trial import Places, Progress
 
 ROOT = Path(__file__).parent.parent
 TEXT = """\

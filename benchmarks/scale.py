@@ -90,8 +90,8 @@ def images(number: int) -> dict[str, float]:
 
 def go_through(number: int) -> dict[str, float]:
     from ris_bench.data import index
-    from ris_bench.data.loading import ReferentBatches, Tokenizer
     from ris_bench.data.samples import Sample
+    from ris_bench.loading import ReferentBatches, Tokenizer
     from ris_bench.predictions import Prediction, Predictions, read, write
     from ris_bench.protocols import RIS_BENCH
     from ris_bench.report import statistics

@@ -36,17 +36,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ris_bench import speed
 from ris_bench.backbones.base import BACKBONES
-from ris_bench.data.pixels import Images
-from ris_bench.data.transforms import CLIP_MEAN, CLIP_STD, Letterbox, restore
 from ris_bench.evaluation import count, forward, log_odds
 from ris_bench.head import HEADS
 from ris_bench.kept import Room
 from ris_bench.methods.base import METHODS
 from ris_bench.model import RISModel
+from ris_bench.pixels import Images
 from ris_bench.predictions import Maps
 from ris_bench.protocols import CRIS
 from ris_bench.resampling import cut
 from ris_bench.training import reduced, segmentation_loss, settle
+from ris_bench.transforms import CLIP_MEAN, CLIP_STD, Letterbox, restore
 
 EXPRESSIONS = 7
 """Of an image: RefCOCO's val has 10,834 on 1,500."""

@@ -18,14 +18,14 @@ from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
 from ris_bench import metrics
-from ris_bench.data.loading import Tokenizer, expression_batches
 from ris_bench.data.samples import Sample
-from ris_bench.data.transforms import Frame, Letterbox, restore
 from ris_bench.errors import UserError
 from ris_bench.files import whole
+from ris_bench.loading import Tokenizer, expression_batches
 from ris_bench.parallel import ALONE, Team
 from ris_bench.protocols import RIS_BENCH, Protocol
 from ris_bench.records import Scores
+from ris_bench.transforms import Frame, Letterbox, restore
 
 COUNTS = ("intersection", "union", "predicted", "target")
 """Columns of pixel counts in the original frame, int64."""
@@ -140,7 +140,8 @@ def overlays(
             ious = metrics.iou(intersection_B, union_B, RIS_BENCH)
             for sample, predicted_HW, iou in zip(shown, predicted_BHW.cpu().numpy(), ious, strict=True):
                 path = folder / f"{sample.ref_id}-{sample.sentence_index}.png"
-                picture(sample.image(), predicted_HW, sample.expression, sample.mask(), iou).save(path)
+                overlay = picture(sample.image(), predicted_HW, sample.expression, sample.mask(), iou)
+                overlay.save(path, compress_level=3)  # a tenth larger than by default, in less than half the time
 
 
 @contextmanager

@@ -25,13 +25,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ris_bench import packing
 from ris_bench.errors import UserError
-from ris_bench.records import Trial
+from ris_bench.records import Progress, Trial
 from ris_bench.results import Store
 from ris_bench.sweep import HUNG, PULSE_SECONDS, Driver, Execute, Job, Watcher, count_parameters, one_line, throttled
 
-if TYPE_CHECKING:  # they import torch
+if TYPE_CHECKING:  # it imports torch
     from ris_bench.plugins import Plugin
-    from ris_bench.trial import Progress
 
 GPU_SECONDS = 120
 """For the nodes to say how much memory their GPUs have: each of them starts a process that imports PyTorch."""

@@ -17,7 +17,6 @@ from torch import Tensor
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.backbones.weights import Weights
 from ris_bench.data.dataset import DATASETS
-from ris_bench.data.transforms import CLIP_MEAN, CLIP_STD
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS
@@ -25,6 +24,7 @@ from ris_bench.model import RISModel, build
 from ris_bench.official import describe, new_folder, restore, write
 from ris_bench.records import Choice, Result, plain
 from ris_bench.results import read_done
+from ris_bench.transforms import CLIP_MEAN, CLIP_STD
 
 TUNED = "tuned.safetensors"
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ris_bench.backbones.base import ImageTower, Known
-from ris_bench.data.pixels import CHUNK, Images, chunks, named, one_per_image, state_of
 from ris_bench.data.samples import Sample
 from ris_bench.kept import Mapped, Room
+from ris_bench.pixels import CHUNK, Images, chunks, named, one_per_image, state_of
 
 FEWEST_STEPS = 2
 """To read what the stem makes would cost as much as to make it."""

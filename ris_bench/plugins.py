@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ris_bench.backbones.base import BACKBONES
+from ris_bench.code import LOADED
 from ris_bench.data.dataset import DATASETS
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
@@ -68,10 +69,6 @@ class Plugin:
         module.__file__ = self.name
         sys.modules[module.__name__] = module  # dataclasses look their module up
         exec(compile(self.source, self.name, "exec", dont_inherit=True), module.__dict__)
-
-
-LOADED: dict[str, Plugin] = {}
-"""Those that this process has, by name."""
 
 
 def find(name: str, folder: Path) -> Plugin:

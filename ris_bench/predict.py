@@ -23,16 +23,16 @@ from PIL import Image, ImageOps
 
 from ris_bench import evaluation, export, predictions, speed
 from ris_bench.data.dataset import DATASETS, Dataset
-from ris_bench.data.loading import Tokenizer
 from ris_bench.data.samples import MOST_PIXELS
-from ris_bench.data.transforms import Letterbox, normalise, restore
 from ris_bench.errors import UserError
 from ris_bench.evaluation import forward, log_odds, picture
+from ris_bench.loading import Tokenizer
 from ris_bench.model import RISModel
 from ris_bench.official import DESCRIPTION, describe
 from ris_bench.records import Choice, Evaluation
 from ris_bench.remote import store_at
 from ris_bench.training import reduced, settle
+from ris_bench.transforms import Letterbox, normalise, restore
 from ris_bench.trial import EVAL_BATCH_SIZE, LOADING_PROCESSES
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")

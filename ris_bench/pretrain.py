@@ -26,7 +26,6 @@ from torch.nn import functional as F
 
 from ris_bench.backbones.clip import residual, transformer
 from ris_bench.backbones.tiny import TEXT, tiny_dino_vit, tiny_rn, tiny_vit
-from ris_bench.data.loading import Tokenizer
 from ris_bench.data.scenes import (
     AFTER,
     COLOURS,
@@ -41,8 +40,9 @@ from ris_bench.data.scenes import (
     Scene,
     draw_scene,
 )
-from ris_bench.data.transforms import Letterbox, normalise
 from ris_bench.head import cell_positions
+from ris_bench.loading import Tokenizer
+from ris_bench.transforms import Letterbox, normalise
 
 WORD_LEN = 17
 NUM_OBJECTS = (2, 6)

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from ris_bench.records import Result, Trial
-
-if TYPE_CHECKING:
-    from ris_bench.trial import Progress
+from ris_bench.records import Progress, Result, Trial
 
 QUIET_SECONDS = 30
 """In a pipe, a running trial prints a line no more often than this."""

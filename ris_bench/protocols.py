@@ -17,7 +17,7 @@ Geometry = Literal["letterbox", "letterbox-exact", "letterbox-floor", "longest-s
 GEOMETRIES: tuple[Geometry, ...] = ("letterbox", "letterbox-exact", "letterbox-floor", "longest-side", "stretch")
 """How an image is brought into the square input of a network.
 
-    letterbox        centred; its sides and the padding before it are whole pixels, rounded (data/transforms.py)
+    letterbox        centred; its sides and the padding before it are whole pixels, rounded (transforms.py)
     letterbox-exact  centred by an affine map without rounding; pixel 0 goes to the padding before it (CRIS)
     letterbox-floor  centred; its sides are rounded down (VLT)
     longest-side     at the top left, the padding below or on the right (SAM)

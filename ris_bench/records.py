@@ -1,4 +1,7 @@
-"""What a trial is and what is known of it afterwards: plain data, written to and read from JSON."""
+"""What a trial is, what it is given, and what is known of it meanwhile and afterwards: plain data.
+
+Trials and results are written to and read from JSON.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,3 +262,45 @@ def tuples(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: tuples(item) for key, item in value.items()}
     return tuple(tuples(item) for item in value) if isinstance(value, list) else value
+
+
+Speed = Literal["plain", "fast", "compiled"]
+"""How a model computes (see `speed`)."""
+
+
+class Places(NamedTuple):
+    """Where a machine keeps what a trial needs, and how it computes; none of it can change a number but by rounding."""
+
+    data: Path
+    weights: Path | None
+    feature_bytes: int = 0
+    """How much room letterboxed images and masks and frozen features may take in the cache folder; with 0 none is
+    kept."""
+    checkpoint_seconds: float = 0
+    """How much of a training may be lost if its process dies; 0 writes no checkpoints."""
+    speed: Speed = "fast"
+    recompute: bool = False
+    """Whether what is inside the blocks of towers and head is computed again in the backward pass, for less memory."""
+    processes: int = 1
+    """How many share the work of a trial, each with a GPU of its own or, without GPUs, a core (see `parallel`)."""
+
+
+class Progress(NamedTuple):
+    """What a running trial tells of itself after every step."""
+
+    trial_id: str
+    phase: str
+    """ "load", "train" or "evaluate SPLIT"."""
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    """Of the whole training."""
+    loss: float | None
+    images_per_second: float | None
+    eta_seconds: float | None
+    """Until the end of training, validations included."""
+    score: float | None
+    """The best on the validation split so far."""
+    warning: str | None = None
+    """What should be known of the trial before it is over."""

@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ris_bench.data.transforms import Letterbox
 from ris_bench.predictions import Maps
 from ris_bench.protocols import Geometry, Resize
+from ris_bench.transforms import Letterbox
 
 Values = Literal["logit", "probability"]
 

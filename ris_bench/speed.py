@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from contextvars import copy_context
 from functools import lru_cache, partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from ris_bench.parallel import same_batch_norms
-
-Speed = Literal["plain", "fast", "compiled"]
+from ris_bench.records import Speed
 
 
 class TwoWays(nn.Module):

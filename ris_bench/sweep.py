@@ -18,20 +18,20 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from ris_bench import code
 from ris_bench.errors import UserError
 from ris_bench.files import whole, write_whole
 from ris_bench.progress import Display
-from ris_bench.records import Params, Result, Trial
+from ris_bench.records import Params, Places, Progress, Result, Trial
 from ris_bench.report import folder
 from ris_bench.results import PROGRESS, Store, add_line, this_process
 
 if TYPE_CHECKING:  # all import torch, and a sweep with nothing to run needs none
     from ris_bench.experiment import Experiment
     from ris_bench.plugins import Plugin
-    from ris_bench.trial import Places, Progress
 
-Report = Callable[["Progress"], None]
-RunTrial = Callable[[Trial, Path, "Places", Report], Result]
+Report = Callable[[Progress], None]
+RunTrial = Callable[[Trial, Path, Places, Report], Result]
 
 PULSE_SECONDS = 5
 """Between two words of a trial on how far it is."""
@@ -61,17 +61,14 @@ class Driver:
 
     @classmethod
     def here(cls) -> Driver:
-        from ris_bench.trial import checkout, versions
-
-        commit, dirty = checkout()
-        return cls(commit, dirty, versions())
+        return cls(*code.checkout(), code.versions())
 
     def check_versions(self) -> None:
         """Raises UserError where this process computes with another software: a table is made with one."""
-        from ris_bench.trial import versions
-
         # What stands after a plus is how it was built: for a GPU or without.
-        theirs, ours = ({name: v.partition("+")[0] for name, v in each.items()} for each in (self.versions, versions()))
+        theirs, ours = (
+            {name: v.partition("+")[0] for name, v in each.items()} for each in (self.versions, code.versions())
+        )
         if other := [f"{name} {ours[name]} instead of {theirs[name]}" for name in theirs if ours[name] != theirs[name]]:
             raise UserError(f"this node has {', '.join(other)}: install what the machine has that starts the sweep")
 
@@ -166,8 +163,6 @@ def _lines(path: Path) -> list[str]:
 
 def failure(trial: Trial, error: str) -> Result:
     """The result of a trial of which nothing is known but that it failed."""
-    from ris_bench.trial import provenance
-
     return Result(
         trial=trial,
         status="failed",
@@ -177,7 +172,7 @@ def failure(trial: Trial, error: str) -> Result:
         history=(),
         params=None,
         cost=None,
-        provenance=provenance(datetime.now(timezone.utc), weights={}, precision="unknown"),
+        provenance=code.provenance(datetime.now(timezone.utc), weights={}, precision="unknown"),
     )
 
 

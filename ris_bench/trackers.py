@@ -10,14 +10,11 @@ import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ris_bench.errors import UserError
 from ris_bench.layout import METRICS
-from ris_bench.records import Result, Trial, plain
-
-if TYPE_CHECKING:  # it imports torch
-    from ris_bench.trial import Progress
+from ris_bench.records import Progress, Result, Trial, plain
 
 
 class Tracker(ABC):

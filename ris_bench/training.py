@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ris_bench.data.loading import Batch, ReferentBatches
 from ris_bench.data.samples import draw
+from ris_bench.loading import Batch, ReferentBatches
 from ris_bench.model import RISModel
 from ris_bench.parallel import ALONE, MemoryElsewhereError, Team, batch_norms
 from ris_bench.records import Epoch, Training

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import platform
 import resource
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +13,7 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,21 +23,21 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 from torch import Tensor
 
-from ris_bench import __version__, cache, checkpoints, code, evaluation, parallel, plugins
+from ris_bench import cache, checkpoints, code, evaluation, parallel, plugins
+from ris_bench.audit import separate
 from ris_bench.backbones.base import Known
 from ris_bench.backbones.weights import Weights
-from ris_bench.data.audit import separate
 from ris_bench.data.dataset import DATASETS
-from ris_bench.data.loading import ReferentBatches, Tokenizer
-from ris_bench.data.pixels import Images, Masks
 from ris_bench.data.samples import Sample, shuffled
 from ris_bench.features import FrozenFeatures, frozen_features
 from ris_bench.kept import Room
+from ris_bench.loading import ReferentBatches, Tokenizer
 from ris_bench.model import RISModel, build
 from ris_bench.parallel import ALONE, Team
-from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial, plain
+from ris_bench.pixels import Images, Masks
+from ris_bench.records import Cost, Epoch, Params, Places, Progress, Result, Scores, Trial, plain
 from ris_bench.results import CHECKPOINTS
-from ris_bench.speed import Speed, choose, missing_compiler
+from ris_bench.speed import choose, missing_compiler
 from ris_bench.training import HALVES, Loop, fit, out_of_memory, reduced, settle, train, under
 
 SHUFFLED = "/shuffled"
@@ -47,44 +45,6 @@ EVAL_BATCH_SIZE = 32
 """Expressions per forward pass of an evaluation; it changes no score."""
 LOADING_PROCESSES = 4
 """Per trial on a GPU. On a CPU the trial loads its own data, so as not to take other trials' cores."""
-
-
-class Places(NamedTuple):
-    """Where a machine keeps what a trial needs, and how it computes; none of it can change a number but by rounding."""
-
-    data: Path
-    weights: Path | None
-    feature_bytes: int = 0
-    """How much room letterboxed images and masks and frozen features may take in the cache folder; with 0 none is
-    kept."""
-    checkpoint_seconds: float = 0
-    """How much of a training may be lost if its process dies; 0 writes no checkpoints."""
-    speed: Speed = "fast"
-    recompute: bool = False
-    """Whether what is inside the blocks of towers and head is computed again in the backward pass, for less memory."""
-    processes: int = 1
-    """How many share the work of a trial, each with a GPU of its own or, without GPUs, a core (see `parallel`)."""
-
-
-class Progress(NamedTuple):
-    """What a running trial tells of itself after every step."""
-
-    trial_id: str
-    phase: str
-    """ "load", "train" or "evaluate SPLIT"."""
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    """Of the whole training."""
-    loss: float | None
-    images_per_second: float | None
-    eta_seconds: float | None
-    """Until the end of training, validations included."""
-    score: float | None
-    """The best on the validation split so far."""
-    warning: str | None = None
-    """What should be known of the trial before it is over."""
 
 
 def run_trial(trial: Trial, folder: Path, places: Places, report: Callable[[Progress], None]) -> Result:
@@ -312,7 +272,7 @@ class _Run:
             {
                 "trial": plain(self.trial),
                 "code": code.digest(),
-                "versions": versions(),
+                "versions": code.versions(),
                 "weights": self.weights.sha256,
                 "device": self.device.type,
                 "speed": self.speed,
@@ -524,7 +484,7 @@ class _Run:
             history=tuple(self.history),
             params=self.params,
             cost=self.cost,
-            provenance=provenance(self.started, self.weights.sha256, self.precision),
+            provenance=code.provenance(self.started, self.weights.sha256, self.precision),
         )
 
 
@@ -535,40 +495,3 @@ def _packed(frame: pd.DataFrame) -> Tensor:
 
 def _unpacked(packed: Tensor) -> pd.DataFrame:
     return pd.read_parquet(io.BytesIO(packed.numpy().tobytes()))
-
-
-def provenance(started: datetime, weights: dict[str, str], precision: str) -> Provenance:
-    """Which code and packages are at work; the commit is None outside a checkout of the project."""
-    commit, dirty = checkout()
-    return Provenance(
-        commit=commit,
-        dirty=dirty,
-        versions=versions(),
-        weights=weights,
-        precision=precision,
-        started=started.isoformat(timespec="seconds"),
-        plugins={name: plugin.sha256 for name, plugin in plugins.LOADED.items()},
-    )
-
-
-def checkout() -> tuple[str | None, bool | None]:
-    """The commit of the project, and whether the package differs from it; None without a checkout or git."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", "-C", here, *arguments], capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    if git("ls-files", "--error-unmatch", "__init__.py") is None:
-        return None, None
-    return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", here))
-
-
-def versions() -> dict[str, str]:
-    """Of what computes. This package itself need not be installed: a cluster is sent it."""
-    packages = ("torch", "open_clip_torch", "timm", "peft", "numpy")
-    installed = {name: importlib.metadata.version(name) for name in packages}
-    return {"python": platform.python_version(), **installed, "ris-bench": __version__}

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.backbones.weights import Weights
-from ris_bench.data.loading import Tokenizer
 from ris_bench.errors import UserError
 from ris_bench.head import HEADS
+from ris_bench.loading import Tokenizer
 from ris_bench.methods.base import METHODS, Parallel, Serial
 from ris_bench.methods.compacter import PHM
 from ris_bench.model import RISModel, count_parameters

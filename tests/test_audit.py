@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import replica
 
+from ris_bench.audit import Overlap, audit, separate
 from ris_bench.cli import main
-from ris_bench.data.audit import Overlap, audit, separate
 from ris_bench.data.dataset import named
 from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import STAND_IN
 
-from ris_bench import cli, experiment, features, trial
-from ris_bench.data import pixels
+from ris_bench import cli, experiment, features, pixels, trial
 from ris_bench.progress import Display, describe_scores
-from ris_bench.records import Result, plain
-from ris_bench.trial import Places, Progress, run_trial
+from ris_bench.records import Places, Progress, Result, plain
+from ris_bench.trial import run_trial
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -16,9 +16,9 @@ from test_evaluation import SETTINGS, Bright
 from ris_bench import evaluation
 from ris_bench.data.check import check
 from ris_bench.data.dataset import DATASETS, chosen, named
-from ris_bench.data.loading import ReferentBatches, Tokenizer
 from ris_bench.data.samples import NO_TARGET, Sample, draw, shuffled
 from ris_bench.errors import UserError
+from ris_bench.loading import ReferentBatches, Tokenizer
 from ris_bench.records import Choice, plain, tuples
 from ris_bench.training import segmentation_loss
 

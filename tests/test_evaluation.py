@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ris_bench import evaluation
-from ris_bench.data.loading import Tokenizer
 from ris_bench.data.samples import Other, Sample
-from ris_bench.data.transforms import CLIP_MEAN, CLIP_STD, Letterbox, restore
+from ris_bench.loading import Tokenizer
+from ris_bench.transforms import CLIP_MEAN, CLIP_STD, Letterbox, restore
 
 SIZE = 64
 SETTINGS = {"tokenizer": Tokenizer(17), "threshold": 0.35, "batch_size": 4, "device": torch.device("cpu")}

@@ -14,12 +14,12 @@ import torch
 from conftest import tiny_model
 from PIL import Image
 
-from ris_bench.data.pixels import Images
 from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
 from ris_bench.evaluation import inference
 from ris_bench.features import frozen_features
 from ris_bench.kept import Room
+from ris_bench.pixels import Images
 
 NUMBER = 40
 """More than a batch."""

@@ -14,9 +14,9 @@ from conftest import TINY_HEAD, inputs, tiny_model
 from ris_bench import evaluation
 from ris_bench.backbones.base import BACKBONES, Known
 from ris_bench.backbones.weights import Weights
-from ris_bench.data.loading import Batch, ReferentBatches, Tokenizer
 from ris_bench.data.samples import Sample, draw, draw_keys, referents
 from ris_bench.head import HEADS
+from ris_bench.loading import Batch, ReferentBatches, Tokenizer
 from ris_bench.methods.base import METHODS, Method
 from ris_bench.model import RISModel
 from ris_bench.parallel import Team

@@ -19,9 +19,9 @@ from test_evaluation import SETTINGS, Bright
 from ris_bench import evaluation
 from ris_bench.data.check import check
 from ris_bench.data.dataset import named
-from ris_bench.data.loading import Tokenizer
 from ris_bench.data.samples import MOST_PIXELS, Sample
 from ris_bench.errors import UserError
+from ris_bench.loading import Tokenizer
 
 PRELUDE = """
 import resource, sys

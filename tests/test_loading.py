@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 
+from ris_bench import pixels
 from ris_bench.backbones.base import Known
-from ris_bench.data import pixels
-from ris_bench.data.loading import Batch, ReferentBatches, Tokenizer, expression_batches
 from ris_bench.data.refcoco import refcocog_google
 from ris_bench.data.samples import Sample, referents
-from ris_bench.data.transforms import Letterbox, normalise, restore
 from ris_bench.errors import UserError
+from ris_bench.loading import Batch, ReferentBatches, Tokenizer, expression_batches
+from ris_bench.transforms import Letterbox, normalise, restore
 
 SLICE = Path(__file__).parents[2] / "shared" / "refcocog_slice"
 FULL = Tokenizer(17)

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from ris_bench import sweep
+from ris_bench.code import checkout
 from ris_bench.errors import UserError
 from ris_bench.records import Result
 from ris_bench.remote import store_at
-from ris_bench.trial import checkout
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENT = """\

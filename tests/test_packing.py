@@ -14,9 +14,8 @@ from conftest import STAND_IN
 from ris_bench import executors, packing, sweep
 from ris_bench.experiment import load
 from ris_bench.methods.base import METHODS
-from ris_bench.records import Cost, Result, Scores, Trial
+from ris_bench.records import Cost, Places, Result, Scores, Trial
 from ris_bench.results import Store
-from ris_bench.trial import Places
 
 GPU_BYTES = 80 * 10**9
 TEXT = (

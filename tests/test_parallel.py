@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from ris_bench import code, evaluation, parallel, speed
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.data.dataset import DATASETS
-from ris_bench.data.loading import Batch, ReferentBatches, Tokenizer
 from ris_bench.head import HEADS
+from ris_bench.loading import Batch, ReferentBatches, Tokenizer
 from ris_bench.methods.base import METHODS
 from ris_bench.parallel import ALONE, Team
-from ris_bench.records import Evaluation, Training, Trial
+from ris_bench.records import Evaluation, Places, Training, Trial
 from ris_bench.training import Loop, train
-from ris_bench.trial import Places, _Run
+from ris_bench.trial import _Run
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -17,8 +17,8 @@ from conftest import TINY_HEAD
 from ris_bench import cli, experiment, parallel
 from ris_bench.data.dataset import DATASETS
 from ris_bench.parallel import Team
-from ris_bench.records import Result, plain
-from ris_bench.trial import Places, run_trial
+from ris_bench.records import Places, Result, plain
+from ris_bench.trial import run_trial
 
 EXPERIMENT = f"""\
 name: two
@@ -40,7 +40,8 @@ RUN = """
 import json, multiprocessing, signal, sys
 from pathlib import Path
 from ris_bench.records import Trial
-from ris_bench.trial import Places, run_trial
+from ris_bench.records import Places
+from ris_bench.trial import run_trial
 
 asked = []
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ris_bench.data.pixels import CHUNK, Images, Masks
 from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
 from ris_bench.kept import Room
+from ris_bench.pixels import CHUNK, Images, Masks
 
 NUMBER = CHUNK + 8
 SIDE = 32

@@ -20,9 +20,8 @@ from ris_bench.errors import UserError
 from ris_bench.experiment import load
 from ris_bench.methods.base import METHODS
 from ris_bench.model import build, count_parameters
-from ris_bench.records import Result, Scores, Trial, plain
+from ris_bench.records import Places, Result, Scores, Trial, plain
 from ris_bench.results import Store
-from ris_bench.trial import Places
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BITFIT = re.search(r"```python\n(.*?)```", README, re.DOTALL).group(1)

@@ -16,10 +16,10 @@ from conftest import trained
 from PIL import Image
 
 from ris_bench import cli, evaluation, predict, predictions
-from ris_bench.data.loading import Tokenizer
 from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
 from ris_bench.export import export
+from ris_bench.loading import Tokenizer
 from ris_bench.predict import load, read_photo
 from ris_bench.results import Store
 

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from ris_bench import protocols, resampling, scoring
 from ris_bench.data.samples import NO_TARGET, Sample
-from ris_bench.data.transforms import Letterbox, restore
 from ris_bench.errors import UserError
 from ris_bench.predictions import Maps, Prediction, Predictions
 from ris_bench.protocols import PROTOCOLS, RIS_BENCH, Protocol
+from ris_bench.transforms import Letterbox, restore
 
 Box = tuple[float, float, float, float]
 

@@ -16,10 +16,9 @@ from ris_bench import executors, remote, status, sweep
 from ris_bench.cli import main
 from ris_bench.errors import UserError
 from ris_bench.experiment import Experiment, load
-from ris_bench.records import Result, Scores, Trial
+from ris_bench.records import Places, Progress, Result, Scores, Trial
 from ris_bench.remote import UrlStore, store_at
 from ris_bench.results import Store, this_process
-from ris_bench.trial import Places, Progress
 
 TEXT = f"""{STAND_IN}
 grid:

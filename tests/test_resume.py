@@ -24,10 +24,10 @@ from ris_bench.checkpoints import Checkpoints
 from ris_bench.data.dataset import DATASETS
 from ris_bench.head import HEADS
 from ris_bench.methods.base import METHODS
-from ris_bench.records import Evaluation, Result, Training, Trial
+from ris_bench.records import Evaluation, Places, Progress, Result, Training, Trial
 from ris_bench.results import Store
 from ris_bench.training import Loop
-from ris_bench.trial import Places, Progress, run_trial
+from ris_bench.trial import run_trial
 
 pytestmark = pytest.mark.usefixtures("cache")
 

@@ -12,9 +12,9 @@ import pytest
 
 from ris_bench.data import scenes as module
 from ris_bench.data.dataset import DATASETS
-from ris_bench.data.loading import Tokenizer
 from ris_bench.data.scenes import COLOURS, KINDS, PRETRAINING_SEED, ROUND, SHAPES, draw_scene, expressions
 from ris_bench.errors import UserError
+from ris_bench.loading import Tokenizer
 
 NUM_TRAIN, NUM_EVAL = 60, 40
 SPLITS = {"train": NUM_TRAIN, "val": NUM_EVAL, "testA": NUM_EVAL, "testB": NUM_EVAL}

@@ -20,11 +20,10 @@ from ris_bench import cli, executors, plan, status, sweep
 from ris_bench.errors import UserError
 from ris_bench.experiment import load
 from ris_bench.plan import Experiment
-from ris_bench.records import Cost, Epoch, Params, Provenance, Result, Scores, Trial
+from ris_bench.records import Cost, Epoch, Params, Places, Provenance, Result, Scores, Trial
 from ris_bench.report import drawing, figures, folder
 from ris_bench.results import Store
 from ris_bench.search import NONE, NUMBER, Halving, Suggestion, score
-from ris_bench.trial import Places
 
 TEXT = (
     STAND_IN.replace("splits: [val]", "splits: [val, testA]").replace("epochs: 2", "epochs: 9")

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from ris_bench import evaluation, speed
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.data.dataset import DATASETS
-from ris_bench.data.loading import ReferentBatches, Tokenizer
 from ris_bench.head import HEADS
+from ris_bench.loading import ReferentBatches, Tokenizer
 from ris_bench.methods.base import METHODS, Method
 from ris_bench.model import Encoded, RISModel
 from ris_bench.records import Training

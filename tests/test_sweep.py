@@ -21,9 +21,8 @@ from ris_bench.backbones.base import BACKBONES
 from ris_bench.errors import UserError
 from ris_bench.experiment import Experiment, load
 from ris_bench.methods.base import METHODS
-from ris_bench.records import Result, Scores, Trial
+from ris_bench.records import Places, Progress, Result, Scores, Trial
 from ris_bench.results import Store, this_process
-from ris_bench.trial import Places, Progress
 
 ROOT = Path(__file__).parent.parent
 TEXT = (

@@ -9,8 +9,7 @@ from conftest import TINY_HEAD
 
 from ris_bench import sweep, trackers
 from ris_bench.errors import UserError
-from ris_bench.records import Choice, Cost, Epoch, Evaluation, Scores, Training, Trial
-from ris_bench.trial import Progress
+from ris_bench.records import Choice, Cost, Epoch, Evaluation, Progress, Scores, Training, Trial
 
 TRIAL = Trial(
     dataset=Choice(name="scenes"),

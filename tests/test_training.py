@@ -7,8 +7,8 @@ import torch
 from conftest import TINY_HEAD
 from torch import nn
 
-from ris_bench.data.loading import Batch
 from ris_bench.head import coordinates
+from ris_bench.loading import Batch
 from ris_bench.records import Training
 from ris_bench.training import Loop, learning_rate, reduced, segmentation_loss, settle, train
 

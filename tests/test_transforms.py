@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ris_bench.data.transforms import CLIP_MEAN, CLIP_STD, Letterbox, normalise, restore
+from ris_bench.transforms import CLIP_MEAN, CLIP_STD, Letterbox, normalise, restore
 
 # (height, width): square, odd, COCO's, smaller and larger than the square, and strips that nearly vanish.
 SHAPES = [(128, 128), (416, 416), (427, 640), (640, 427), (333, 500), (97, 131), (60, 41), (1200, 801), (7, 5), (1, 1)]

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from ris_bench import experiment, speed, trial
-from ris_bench.records import Result
-from ris_bench.trial import Places, run_trial
+from ris_bench.records import Places, Result
+from ris_bench.trial import run_trial
 
 ROOT = Path(__file__).parents[1]
 SLICE = ROOT.parent / "shared" / "refcocog_slice"
@@ -111,7 +111,7 @@ def test_the_selected_checkpoint_is_the_one_saved(tmp_path):
     from ris_bench import evaluation
     from ris_bench.backbones.weights import Weights
     from ris_bench.data.dataset import DATASETS
-    from ris_bench.data.loading import Tokenizer
+    from ris_bench.loading import Tokenizer
     from ris_bench.model import build
 
     # So high a rate that the second epoch spoils what the first learnt is not needed: any selection must hold.

@@ -6,10 +6,11 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ris_bench.data.dataset import Dataset, named
+from ris_bench.located import read
 from ris_bench.remote import is_url
 
-if TYPE_CHECKING:  # these import torch
-    from ris_bench.data.dataset import Dataset
+if TYPE_CHECKING:  # it imports torch
     from ris_bench.predict import Predictor
 
 
@@ -58,9 +59,6 @@ def add_speed(verb: argparse.ArgumentParser) -> None:
 
 def read_dataset(text: str) -> Dataset:
     """A dataset as an experiment names it: refcoco, or with options: 'own: {file: mine.json}'."""
-    from ris_bench.data.dataset import named  # only now: it imports torch
-    from ris_bench.located import read
-
     return named(read(text, lambda line: f"dataset {text!r}").plain())
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ris_bench.cli import prepare
 from ris_bench.cli.arguments import add_data_folder, read_dataset
+from ris_bench.data import check
 
 CHECK = """\
 Reads the files of a dataset and says of every split what it holds: referents, expressions and images, beside what is
@@ -22,22 +23,22 @@ def add(verbs: Any) -> None:
     parser = verbs.add_parser("data", help="look after the data sets").add_subparsers(required=True, metavar="VERB")
     prepare.add(parser)
 
-    check = parser.add_parser(
+    verb = parser.add_parser(
         "check",
         help="compare the files of a dataset with what is published of it, and with each other",
         description=CHECK,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.set_defaults(call=lambda args: _check_data(args, check))
-    check.add_argument(
+    verb.set_defaults(call=lambda args: _check_data(args, verb))
+    verb.add_argument(
         "dataset",
         nargs="?",
         metavar="NAME",
         help="as in an experiment: refcoco, or with options: 'own: {file: mine.json}'",
     )
-    check.add_argument("--all", action="store_true", help="every dataset that is there and needs no options")
-    add_data_folder(check)
-    check.add_argument("--json", action="store_true", help="a JSON list on stdout, and nothing else")
+    verb.add_argument("--all", action="store_true", help="every dataset that is there and needs no options")
+    add_data_folder(verb)
+    verb.add_argument("--json", action="store_true", help="a JSON list on stdout, and nothing else")
 
     audit = parser.add_parser(
         "audit",
@@ -55,15 +56,13 @@ def _check_data(args: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     if args.all == (args.dataset is not None):
         parser.error("name a dataset, or --all")
 
-    from ris_bench.data import check  # only now: this imports torch
-
     rows = check.check_all(args.data) if args.all else check.check(read_dataset(args.dataset), args.data)
     print(json.dumps([row.to_dict() for row in rows], indent=1) if args.json else check.text(rows))
     return 0 if all(row.ok for row in rows) else 1
 
 
 def _audit_data(args: argparse.Namespace) -> int:
-    from ris_bench.data import audit  # only now: this imports torch
+    from ris_bench import audit  # only now: this imports torch
 
     chosen = [source for name in args.datasets for source in read_dataset(name).sources]
     found = audit.audit(chosen or audit.present(args.data), args.data)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ris_bench.cli.arguments import add_data_folder, read_dataset
+from ris_bench.data import check, prepare
 
 PREPARE = """\
 Brings the files of a dataset into the data folder, as the README lays them out: its annotations, and the images of
@@ -25,15 +26,15 @@ QUIET_SECONDS = 30
 
 
 def add(verbs: Any) -> None:
-    prepare = verbs.add_parser(
+    verb = verbs.add_parser(
         "prepare",
         help="download and unpack what a dataset lacks",
         description=PREPARE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    prepare.set_defaults(call=_prepare)
-    prepare.add_argument("dataset", metavar="NAME", help="as in an experiment: refcoco, refcocog-umd, grefcoco, ...")
-    prepare.add_argument(
+    verb.set_defaults(call=_prepare)
+    verb.add_argument("dataset", metavar="NAME", help="as in an experiment: refcoco, refcocog-umd, grefcoco, ...")
+    verb.add_argument(
         "--archives",
         nargs="+",
         default=[],
@@ -41,16 +42,13 @@ def add(verbs: Any) -> None:
         metavar="FILE|DIR",
         help="files that you have already, such as refcoco.zip or train2014.zip, or folders that hold them",
     )
-    add_data_folder(prepare)
+    add_data_folder(verb)
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from ris_bench.data import check  # only now: these import torch
-    from ris_bench.data.prepare import prepare
-
     dataset = read_dataset(args.dataset)
     with _Steps() as steps:
-        brought = prepare(dataset, args.data, args.archives, steps.report)
+        brought = prepare.prepare(dataset, args.data, args.archives, steps.report)
     print("\n".join(brought) or f"{args.data} holds every file of {dataset.name}", flush=True)
     rows = check.check(dataset, args.data)
     print(check.text(rows))

@@ -15,7 +15,7 @@ from tabulate import tabulate
 
 from ris_bench.cli.arguments import add_data_folder, add_results, add_speed, count
 from ris_bench.errors import UserError
-from ris_bench.records import Result, Trial
+from ris_bench.records import Places, Result, Trial
 from ris_bench.remote import is_url, store_at
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def _run(
     from ris_bench import executors, sweep, trackers
     from ris_bench.backbones.base import BACKBONES
     from ris_bench.experiment import load
-    from ris_bench.trial import Places, run_trial
+    from ris_bench.trial import run_trial
 
     experiment = load(args.experiment, args.set)
     if unknown := [name for name in ray_options["memory_gb"] if name and name not in BACKBONES]:

@@ -204,7 +204,7 @@ def scores_by_threshold(samples: Sequence[Sample], answer: Answers) -> list[Scor
         )
     import torch  # only now
 
-    from ris_bench.data.transforms import Letterbox, restore
+    from ris_bench.transforms import Letterbox, restore
 
     letterbox, cuts = Letterbox(answer.maps.size), np.log(THRESHOLDS) - np.log1p(-THRESHOLDS)
     intersection_NT, union_NT = (np.zeros((len(samples), len(cuts)), dtype=np.int64) for _ in range(2))

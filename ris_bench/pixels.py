@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ris_bench.data.samples import Sample, referents
-from ris_bench.data.transforms import Letterbox, normalise
 from ris_bench.errors import UserError
 from ris_bench.kept import Mapped, Room
+from ris_bench.transforms import Letterbox, normalise
 
 CHUNK = 32
 """Photos or masks that are worked out at once."""

@@ -13,9 +13,9 @@ from pycocotools import mask as coco_mask
 from tabulate import tabulate
 
 from ris_bench.data.dataset import Leakage, Source, named, without_obligatory_options
-from ris_bench.data.loading import Tokenizer
 from ris_bench.data.samples import Sample
 from ris_bench.errors import UserError
+from ris_bench.loading import Tokenizer
 
 
 def separate(training: Sequence[Sample], evaluated: Mapping[str, Sequence[Sample]], leakage: Leakage) -> list[Sample]:

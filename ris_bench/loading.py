@@ -12,10 +12,10 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
-from ris_bench.data.pixels import Images, Masks, in_order
 from ris_bench.data.samples import Sample, draw, draw_keys, referents
 from ris_bench.errors import UserError
 from ris_bench.parallel import ALONE, Team
+from ris_bench.pixels import Images, Masks, in_order
 
 
 class Batch(NamedTuple):
