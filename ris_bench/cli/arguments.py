@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from ris_bench.data.dataset import Dataset, named
 from ris_bench.located import read
+from ris_bench.records import Speed
 from ris_bench.remote import is_url
 
 if TYPE_CHECKING:  # it imports torch
@@ -49,7 +50,7 @@ def add_data_folder(verb: argparse.ArgumentParser) -> None:
 def add_speed(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--speed",
-        choices=("plain", "fast", "compiled"),
+        choices=get_args(Speed),
         default="fast",
         help="compute as the papers' code does, or the same in less time; or that with its blocks compiled by PyTorch, "
         "which takes minutes at the start; only roundings differ, and compiled what dropout draws (default: "
