@@ -1,11 +1,12 @@
-"""What the fast way of computing saves: `python -m benchmarks.speed [CASE ...] [--measures NAME ...]`.
+"""What the fast way of computing saves: `python -m benchmarks.speed [CASE ...] [--released ETRIS DETRIS]`.
 
-Ways alternate in one process, on full-size models with random weights; a ratio is the median of the ratios of
-neighbouring runs, with their range. On a GPU if there is one, else on the CPU with `--threads`; with one thread it is
-the processor's time that is taken, which other processes disturb less. Three ways are compared:
+On full-size models with random weights, on a GPU if there is one, else on the CPU with `--threads`; with one thread it
+is the processor's time that is taken, which other processes disturb less. The ways take turns, each in a process of its
+own, as it is used: what one does with memory is nothing to the others. A ratio is the median of the ratios of
+neighbouring runs, with their range. Three ways are compared:
 
-    released  training as the released code does it: the Bridger or aligners of its paper, and in ETRIS the positions of
-              both towers trained and the statistics of their norms moved
+    released  the paper's own modules, from a clone of its repository that `--released` names; while they train, ETRIS
+              trains the positions of both towers too and moves the statistics of their norms
     plain     the same function as fast, computed as the papers' code computes it; an image is encoded anew for every
               expression
     fast      what trials do; "cached" with what is known of the images from disk. With `--speed compiled` that is
@@ -21,7 +22,9 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -34,13 +37,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.papers import DETRIS_B, ETRIS_R101, ETRIS_VIT_B, clone_of, released
 from ris_bench import speed
 from ris_bench.backbones.base import BACKBONES
+from ris_bench.errors import UserError
 from ris_bench.evaluation import count, forward, log_odds
 from ris_bench.head import HEADS
 from ris_bench.kept import Room
 from ris_bench.methods.base import METHODS
 from ris_bench.model import RISModel
+from ris_bench.official import to_official
 from ris_bench.pixels import Images
 from ris_bench.predictions import Maps
 from ris_bench.protocols import CRIS
@@ -57,26 +63,25 @@ MEASURES = ("forward", "grouped", "train", "postprocess", "load")
 PHOTO = (480, 640)
 """Height and width of the usual image of COCO."""
 
-Runs = Mapping[str, Callable[[], Any]]
-
 
 class Case(NamedTuple):
     backbone: str
     method: str
     head: str = "etris"
     method_options: dict[str, Any] = {}
-    released: str | None = None
-    """The case that is what the paper's code trains on this backbone; None where it is this one."""
+    paper: str | None = None
+    """The case that is the paper's own model on this backbone; None where it is this one."""
 
 
 CASES = {
     "etris-r101": Case("clip-r101", "bridger"),
     "etris-vit-b16": Case("clip-vit-b16", "bridger", method_options={"width": 128, "heads": 8}),
     "detris-b": Case("dinov2-b", "detris", "detris"),
-    "frozen-r101": Case("clip-r101", "frozen", released="etris-r101"),
-    "frozen-vit-b16": Case("clip-vit-b16", "frozen", released="etris-vit-b16"),
-    "frozen-dinov2-b": Case("dinov2-b", "frozen", "detris", released="detris-b"),
+    "frozen-r101": Case("clip-r101", "frozen", paper="etris-r101"),
+    "frozen-vit-b16": Case("clip-vit-b16", "frozen", paper="etris-vit-b16"),
+    "frozen-dinov2-b": Case("dinov2-b", "frozen", "detris", paper="detris-b"),
 }
+PAPERS = {"etris-r101": ETRIS_R101, "etris-vit-b16": ETRIS_VIT_B, "detris-b": DETRIS_B}
 
 
 class Row(NamedTuple):
@@ -108,29 +113,21 @@ class Row(NamedTuple):
 
 class Bench(NamedTuple):
     device: torch.device
+    threads: int
     autocast: torch.dtype | None
     repeats: int
-    way: speed.Speed
-    """That is compared with the plain way."""
     rate: float
     """GFLOP a second of one large product of matrices."""
 
     def cast(self) -> torch.autocast:
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
-    def compare(self, case: str, what: str, runs: Runs, number: int) -> Iterator[Row]:
+    def compare(self, case: str, what: str, runs: Mapping[str, Timed | Apart], number: int) -> Iterator[Row]:
         """The last of the runs against each of the others; a run does `number` expressions."""
-        gflops, peaks, taken = {}, {}, {name: [] for name in runs}
-        for name, run in runs.items():
-            with FlopCounterMode(display=False) as counter:
-                run()
-            gflops[name] = counter.get_total_flops() / 1e9 or None
-            peaks[name] = self.peak(run)  # that run has warmed up what is kept
+        costs, taken = {name: run.cost() for name, run in runs.items()}, {name: [] for name in runs}
         for _ in range(self.repeats):
             for name, run in runs.items():
-                started = self.now()
-                run()
-                taken[name].append(self.now() - started)
+                taken[name].append(run.seconds())
         *others, quick = runs
         took = statistics.median(taken[quick])
         for slow in others:
@@ -147,25 +144,52 @@ class Bench(NamedTuple):
                 most=max(ratios),
                 per_second=number / took,
                 epoch_minutes=REFERENTS / number * took / 60 if what.startswith("training") else None,
-                slow_gflop=gflops[slow],
-                quick_gflop=gflops[quick],
-                ceiling=gflops[quick] and gflops[quick] / took / self.rate,
-                slow_peak=peaks[slow],
-                quick_peak=peaks[quick],
+                slow_gflop=costs[slow].gflop,
+                quick_gflop=costs[quick].gflop,
+                ceiling=costs[quick].gflop and costs[quick].gflop / took / self.rate,
+                slow_peak=costs[slow].peak,
+                quick_peak=costs[quick].peak,
             )
 
-    def now(self) -> float:
-        if self.device.type == "cuda":
+
+class Cost(NamedTuple):
+    gflop: float | None
+    peak: int | None
+    """Bytes that a run takes at most, over those held before; None where that is not known."""
+
+
+class Timed:
+    """What is measured of a run."""
+
+    def __init__(self, run: Callable[[], Any], device: torch.device) -> None:
+        self._run, self._device = run, device
+
+    def cost(self) -> Cost:
+        with FlopCounterMode(display=False) as counter:
+            self._run()  # which warms up what is kept, too
+        return Cost(counter.get_total_flops() / 1e9 or None, self._peak())
+
+    def seconds(self) -> float:
+        if self._device.type == "cuda":
+            self._run()  # the memory that others had meanwhile is asked for again
+        started = self._now()
+        self._run()
+        seconds = self._now() - started
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return seconds
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
             torch.cuda.synchronize()
             return time.perf_counter()
         return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
-    def peak(self, run: Callable[[], Any]) -> int | None:
-        """Bytes that a run takes at most, over those held before; None where that is not known."""
-        if self.device.type == "cuda":
+    def _peak(self) -> int | None:
+        if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            run()
+            self._run()
             return torch.cuda.max_memory_allocated() - before
         try:
             ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what is freed, and the run would be given that
@@ -173,7 +197,7 @@ class Bench(NamedTuple):
             before = _resident("VmRSS")
         except (OSError, AttributeError):  # another system, or another C library
             return None
-        run()
+        self._run()
         return _resident("VmHWM") - before
 
 
@@ -185,96 +209,170 @@ def _resident(field: str) -> int:
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """GFLOP a second of the best of a few large products of matrices."""
     side = 1536 if device.type == "cpu" else 8192
-    one, clock = torch.randn(side, side, device=device, dtype=dtype), Bench(device, None, 0, "fast", 0.0)
-    best = float("inf")
-    for _ in range(5):
-        started = clock.now()
-        _ = one @ one
-        best = min(best, clock.now() - started)
-    return 2e-9 * side**3 / best
+    one = torch.randn(side, side, device=device, dtype=dtype)
+    product = Timed(lambda: one @ one, device)
+    return 2e-9 * side**3 / min(product.seconds() for _ in range(5))
 
 
-def build(case: Case, way: speed.Speed, device: torch.device, **backbone_options: Any) -> RISModel:
-    torch.manual_seed(0)
-    backbone = BACKBONES[case.backbone](None, **backbone_options)
+def build(case: Case, way: speed.Speed, device: torch.device) -> RISModel:
+    torch.manual_seed(0)  # cases of one kind have the same weights
+    backbone = BACKBONES[case.backbone](None)
     method = METHODS[case.method](backbone, **case.method_options)
     model = RISModel(backbone, method, HEADS[case.head](backbone)).to(device)
     speed.choose(model, way)
     return model
 
 
-def as_released(case: Case, device: torch.device) -> RISModel:
-    if case.released is not None:
-        case = CASES[case.released]
-    etris = case.method == "bridger"
-    model = build(case, "plain", device, **({"norm_stats": "batch"} if case.backbone == "clip-r101" else {}))
-    for name, parameter in model.backbone.named_parameters():
-        if etris and "positional_embedding" in name:
-            parameter.requires_grad_(True)
-    if etris:
-        model.backbone.image.untouched = 0
-    return model
+def _save(case: Case, path: Path) -> None:
+    model = build(case, "plain", torch.device("cpu"))
+    torch.save((model.backbone.image_size, model.backbone.vocab_size, to_official(model)), path)
 
 
-def inputs(model: RISModel, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    size, vocabulary = model.backbone.image_size, model.backbone.vocab_size
-    tokens = torch.randint(1, vocabulary - 2, (batch, 17), device=device)
-    tokens[:, 0], tokens[:, 9], tokens[:, 10:] = vocabulary - 2, vocabulary - 1, 0
-    return torch.randn(batch, 3, size, size, device=device), tokens
+class Way:
+    """A model that computes in one way, and what is measured of it: `prepare` says of what."""
+
+    timed: Timed
+
+    def __init__(self, bench: Bench, label: str, way: str, clones: Sequence[Path]) -> None:
+        torch.set_num_threads(bench.threads)
+        self.bench, self.way, case = bench, way, CASES[label]
+        if way == "released":
+            # From a file, as it has its own weights: our model has left nothing in the memory of this process.
+            label = case.paper or label
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool, tempfile.TemporaryDirectory() as folder:
+                pool.submit(_save, CASES[label], path := Path(folder) / "model.pth").result()
+                self.size, self.vocabulary, state = torch.load(path)
+            paper = PAPERS[label]
+            self.model = released(paper, clone_of(paper, clones), state).to(bench.device)
+        else:
+            self.model = build(case, way, bench.device)
+            self.size, self.vocabulary = self.model.backbone.image_size, self.model.backbone.vocab_size
+
+    def prepare(self, what: str, number: int) -> None:
+        torch.manual_seed(0)
+        self.timed = Timed(getattr(self, what)(number), self.bench.device)
+
+    def cost(self) -> Cost:
+        return self.timed.cost()
+
+    def seconds(self) -> float:
+        return self.timed.seconds()
+
+    def logits(self) -> np.ndarray:
+        torch.manual_seed(0)
+        return self.evaluation(1)().float().cpu().numpy()
+
+    def caches(self) -> bool:
+        """Whether something of an image is on disk when it trains."""
+        return self.quick and self.model.backbone.image.untouched > 1
+
+    @property
+    def quick(self) -> bool:
+        return self.way not in ("released", "plain")
+
+    def inputs(self, batch: int) -> tuple[Tensor, Tensor]:
+        tokens_BL = torch.randint(1, self.vocabulary - 2, (batch, 17))
+        tokens_BL[:, 0], tokens_BL[:, 9], tokens_BL[:, 10:] = self.vocabulary - 2, self.vocabulary - 1, 0
+        images_B3HW = torch.randn(batch, 3, self.size, self.size)
+        return images_B3HW.to(self.bench.device), tokens_BL.to(self.bench.device)
+
+    def evaluation(self, expressions: int) -> Callable[[], Tensor]:
+        """All expressions of one image: the logits of the last."""
+        bench = self.bench
+        image_13HW, _ = self.inputs(1)
+        _, tokens_BL = self.inputs(expressions)
+        row_B = torch.zeros(expressions, dtype=torch.long)
+
+        def run() -> Tensor:
+            if self.model.training:  # else what is folded would be folded again, which an evaluation does once
+                self.model.eval()
+            with torch.inference_mode(), bench.cast():
+                if self.quick:
+                    return forward(self.model, image_13HW, row_B, tokens_BL, bench.device, bench.autocast)[-1]
+                for tokens_1L in tokens_BL.split(1):  # as the released test scripts do
+                    logits_11hw = self.model(image_13HW, tokens_1L)
+                return logits_11hw[0, 0]
+
+        return run
+
+    def training(self, batch: int) -> Callable[[], None]:
+        """One step."""
+        bench, model = self.bench, self.model
+        images, tokens = self.inputs(batch)
+        mask = (torch.rand(batch, 1, *images.shape[2:], device=bench.device) > 0.5).float()
+        tuned = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.Adam(tuned, lr=1e-5, fused=self.quick)
+        kept = model.backbone.image.known(images) if self.caches() else None
+
+        def loss() -> Tensor:
+            with bench.cast():
+                if self.way == "released":
+                    return model(images, tokens, mask)[2]
+                logits = model(model.known(images) if kept is None else kept, tokens)
+            return segmentation_loss(logits, mask, dice=0.0)
+
+        def run() -> None:
+            if not model.training:
+                model.train()
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return run
 
 
-def evaluation(bench: Bench, model: RISModel, expressions: int) -> Callable[[], None]:
-    """All expressions of one image."""
-    image_13HW, _ = inputs(model, 1, bench.device)
-    _, tokens_BL = inputs(model, expressions, bench.device)
-    row_B = torch.zeros(expressions, dtype=torch.long)
+class Apart:
+    """A way in a process of its own."""
 
-    def run() -> None:
-        if model.training:  # else what is folded would be folded again, which an evaluation does once
-            model.eval()
-        with torch.inference_mode():
-            if model.fast:
-                forward(model, image_13HW, row_B, tokens_BL, bench.device, bench.autocast)
-            else:  # one by one, as the released test scripts do
-                for tokens_1L in tokens_BL.split(1):
-                    forward(model, image_13HW, row_B[:1], tokens_1L, bench.device, bench.autocast)
+    def __init__(self, *given: Any) -> None:
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, given)
 
-    return run
+    def call(self, name: str, *given: Any) -> Any:
+        return self._pool.submit(_call, name, *given).result()
 
+    def cost(self) -> Cost:
+        return self.call("cost")
 
-def training(bench: Bench, model: RISModel, cached: bool = False) -> Callable[[], None]:
-    """One step."""
-    images, tokens = inputs(model, TRAIN_BATCH[bench.device.type], bench.device)
-    mask = (torch.rand(len(images), 1, *images.shape[2:], device=bench.device) > 0.5).float()
-    tuned = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(tuned, lr=1e-5, fused=model.fast)
-    kept = model.backbone.image.known(images) if cached else None
+    def seconds(self) -> float:
+        return self.call("seconds")
 
-    def run() -> None:
-        if not model.training:
-            model.train()
-        with bench.cast():
-            logits = model(model.known(images) if kept is None else kept, tokens)
-        segmentation_loss(logits, mask, dice=0.0).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
+    def end(self) -> None:
+        self._pool.shutdown()
 
 
-def measure(bench: Bench, label: str, measures: set[str]) -> Iterator[Row]:
-    case = CASES[label]
-    fast, plain = (build(case, way, bench.device) for way in (bench.way, "plain"))
-    for name, expressions in (("forward", 1), ("grouped", EXPRESSIONS)):
-        if name in measures:
-            runs = {"plain": evaluation(bench, plain, expressions), bench.way: evaluation(bench, fast, expressions)}
-            yield from bench.compare(label, f"evaluation, {expressions} of an image", runs, expressions)
-    if "train" in measures:
-        runs = {"released": training(bench, as_released(case, bench.device)), "plain": training(bench, plain)}
-        batch = TRAIN_BATCH[bench.device.type]
-        cached = fast.backbone.image.untouched > 1
-        quick = {"cached" if cached else bench.way: training(bench, fast, cached)}
-        yield from bench.compare(label, f"training step of {batch}", runs | quick, batch)
+def _begin(*given: Any) -> None:
+    global _there  # the way of such a process
+    _there = Way(*given)
+
+
+def _call(name: str, *given: Any) -> Any:
+    return getattr(_there, name)(*given)
+
+
+def measure(bench: Bench, label: str, way: str, measures: set[str], clones: Sequence[Path]) -> Iterator[Row]:
+    ways = {name: Apart(bench, label, name, clones) for name in (*(("released",) if clones else ()), "plain", way)}
+    own = CASES[label].paper is None
+    if clones and own:
+        theirs, ours = (ways[name].call("logits") for name in ("released", way))
+        share = np.abs(theirs - ours).max() / theirs.std()
+        print(f"  {label}: logits of {way} and released differ by {share:.1e} of their deviation", flush=True)
+    batch = TRAIN_BATCH[bench.device.type]
+    for name, what, title, number in (
+        ("forward", "evaluation", "evaluation, 1 of an image", 1),
+        ("grouped", "evaluation", f"evaluation, {EXPRESSIONS} of an image", EXPRESSIONS),
+        ("train", "training", f"training step of {batch}", batch),
+    ):
+        if name not in measures:
+            continue
+        # No paper's code evaluates a frozen model; what it trains is what a study without it would train.
+        runs = {way: run for way, run in ways.items() if own or what == "training" or way != "released"}
+        for run in runs.values():
+            run.call("prepare", what, number)
+        if what == "training" and ways[way].call("caches"):
+            runs["cached"] = runs.pop(way)
+        yield from bench.compare(label, title, runs, number)
+    for run in ways.values():
+        run.end()
 
 
 def postprocessing(bench: Bench) -> Iterator[Row]:
@@ -320,8 +418,10 @@ def postprocessing(bench: Bench) -> Iterator[Row]:
 
     repeats = bench._replace(repeats=20 * bench.repeats)
     with torch.inference_mode():
-        yield from repeats.compare("-", "post-processing by cris", {"official": official, "separable": separable}, 1)
-        yield from repeats.compare("-", "post-processing, own protocol", {"official": official, "own": own}, 1)
+        runs = {name: Timed(run, bench.device) for name, run in (("official", official), ("separable", separable))}
+        yield from repeats.compare("-", "post-processing by cris", runs, 1)
+        runs = {"official": runs["official"], "own": Timed(own, bench.device)}
+        yield from repeats.compare("-", "post-processing, own protocol", runs, 1)
     print(f"  IoU by cris: {found['official']:.7f} official, {found['separable']:.7f} separable", flush=True)
 
 
@@ -352,7 +452,8 @@ def loading(bench: Bench) -> Iterator[Row]:
         with Room(Path(folder) / "kept", 1 << 30) as room:
             kept.keep([sample], room)
             runs = {"official": official, "from its file": lambda: read([sample]), "kept": lambda: kept([sample])}
-            yield from repeats.compare("-", "loading", runs, 1)
+            timed = {name: Timed(run, bench.device) for name, run in runs.items()}
+            yield from repeats.compare("-", "loading", timed, 1)
 
 
 def main() -> None:
@@ -361,6 +462,9 @@ def main() -> None:
     )
     parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), help="(default: all)")
+    parser.add_argument(
+        "--released", nargs="+", type=Path, default=[], metavar="FOLDER", help="clones of the papers' repositories"
+    )
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each way (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="on a CPU (default: %(default)s)")
     parser.add_argument(
@@ -371,6 +475,11 @@ def main() -> None:
     args = parser.parse_args()
     if unknown := sorted({*args.cases} - {*CASES}):
         parser.error(f"there is no case {unknown[0]!r}; there are {', '.join(CASES)}")
+    try:
+        for label in args.cases if args.released else ():
+            clone_of(PAPERS[CASES[label].paper or label], args.released)
+    except UserError as error:
+        parser.error(str(error))
     if args.repeats < 1:
         parser.error(f"--repeats is {args.repeats}; give at least 1")
     torch.set_num_threads(args.threads)
@@ -380,10 +489,10 @@ def main() -> None:
         name = torch.cuda.get_device_name()
     else:
         name = f"{platform.machine()}, {args.threads} {'thread' if args.threads == 1 else 'threads'}"
-    bench = Bench(device, autocast, args.repeats, args.speed, ceiling(device, autocast or torch.float32))
+    bench = Bench(device, args.threads, autocast, args.repeats, ceiling(device, autocast or torch.float32))
     print(f"{name}, torch {torch.__version__}: {bench.rate:.0f} GFLOP/s in a large product of matrices", flush=True)
     of_models = {"forward", "grouped", "train"} & {*args.measures}
-    parts = [measure(bench, label, of_models) for label in args.cases if of_models]
+    parts = [measure(bench, label, args.speed, of_models, args.released) for label in args.cases if of_models]
     parts += [
         make(bench) for what, make in (("postprocess", postprocessing), ("load", loading)) if what in args.measures
     ]

@@ -24,6 +24,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ris_bench import packing
+from ris_bench.allocator import ENVIRONMENT
 from ris_bench.errors import UserError
 from ris_bench.records import Progress, Trial
 from ris_bench.results import Store
@@ -234,7 +235,7 @@ def _connect(address: str | None, plugins: Iterable[Plugin] = ()) -> None:
         except (ValueError, OSError) as error:
             raise UserError(f"no Ray cluster at {address} ({error}): --address takes HOST:PORT or auto") from error
     with ExitStack() as stack:
-        own: dict[str, Any] = {"include_dashboard": False}
+        environment: dict[str, Any] = {"env_vars": ENVIRONMENT}
         if address is not None:
             # Not as py_modules: workers would look for modules in the folder that the sweep was started in first.
             code = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ris-bench-")))
@@ -244,9 +245,15 @@ def _connect(address: str | None, plugins: Iterable[Plugin] = ()) -> None:
                     shutil.copytree(root, code / root.name, ignore=left_out, dirs_exist_ok=True)
                 else:
                     shutil.copy(root, code)
-            own = {"runtime_env": {"working_dir": str(code)}}
+            environment["working_dir"] = str(code)
         try:
-            ray.init(address=address or "local", log_to_driver=False, logging_level="error", **own)
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                runtime_env=environment,
+                log_to_driver=False,
+                logging_level="error",
+            )
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
             what, advice = "does not start", "--executor local works without it"
             if "Version mismatch" in str(error):

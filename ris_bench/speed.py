@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from ris_bench.allocator import keep_freed_memory
 from ris_bench.parallel import same_batch_norms
 from ris_bench.records import Speed
 
@@ -73,13 +74,15 @@ def choose(model: nn.Module, speed: Speed, recompute: bool = False) -> None:
     its regions are recomputed, which those that are compiled are not.
 
     With channels last, a training step on a CPU takes 0.8 of the time where the tower is a ResNet. Compiled regions
-    draw their dropout otherwise.
+    draw their dropout otherwise. On a CPU, where it is not "plain", the process keeps its memory from then on.
     """
     assert speed in get_args(Speed)
     compiled = speed == "compiled"
     # In the second pass a compiler might choose code for other sizes than in the first, which keeps other things.
     assert not (compiled and recompute)
     model.to(memory_format=torch.contiguous_format if speed == "plain" else torch.channels_last)
+    if speed != "plain" and all(p.device.type == "cpu" for p in model.parameters()):
+        keep_freed_memory()
     for module in model.modules():
         if isinstance(module, TwoWays):
             module.fast = speed != "plain"

@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "ris_bench"
 FLOORS = [
     ("errors", "code", "files", "cache", "records", "registry", "located", "published", "results", "remote"),
-    ("data", "metrics", "protocols"),
+    ("allocator", "data", "metrics", "protocols"),
     ("parallel", "kept", "transforms", "pixels", "loading", "audit", "predictions", "resampling", "scoring"),
     ("speed", "backbones"),
     ("methods",),

@@ -17,6 +17,7 @@ import pytest
 from conftest import STAND_IN
 
 from ris_bench import executors, progress, status, sweep
+from ris_bench.allocator import ENVIRONMENT
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.errors import UserError
 from ris_bench.experiment import Experiment, load
@@ -275,6 +276,13 @@ def ray_here():
 
 
 @pytest.mark.ray
+def test_ray_starts_processes_that_keep_their_memory(ray_here):
+    import ray
+
+    found = ray.get(ray.remote(lambda: dict(os.environ)).remote())
+    assert ENVIRONMENT.items() <= found.items()
+
+
 def test_ray_survives_what_its_processes_do(experiment, store, ray_here, capfd):
     results = run(experiment, store, {0: "kill", 1: "die once", 2: "raise"}, executor=executors.through_ray())
     assert statuses(results) == kept(store) == {0: "failed", 1: "done", 2: "failed"}
