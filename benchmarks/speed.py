@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +43,7 @@ from ris_bench import speed
 from ris_bench.backbones.base import BACKBONES
 from ris_bench.errors import UserError
 from ris_bench.evaluation import count, forward, log_odds
+from ris_bench.files import write_whole
 from ris_bench.head import HEADS
 from ris_bench.kept import Room
 from ris_bench.methods.base import METHODS
@@ -114,6 +116,7 @@ class Row(NamedTuple):
 class Bench(NamedTuple):
     device: torch.device
     threads: int
+    precision: str
     autocast: torch.dtype | None
     repeats: int
     rate: float
@@ -235,6 +238,7 @@ class Way:
 
     def __init__(self, bench: Bench, label: str, way: str, clones: Sequence[Path]) -> None:
         torch.set_num_threads(bench.threads)
+        settle(bench.precision, bench.device)
         self.bench, self.way, case = bench, way, CASES[label]
         if way == "released":
             # From a file, as it has its own weights: our model has left nothing in the memory of this process.
@@ -325,7 +329,8 @@ class Apart:
     """A way in a process of its own."""
 
     def __init__(self, *given: Any) -> None:
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"), _begin, given)
+        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
+        self._pool.submit(_begin, *given).result()
 
     def call(self, name: str, *given: Any) -> Any:
         return self._pool.submit(_call, name, *given).result()
@@ -489,7 +494,9 @@ def main() -> None:
         name = torch.cuda.get_device_name()
     else:
         name = f"{platform.machine()}, {args.threads} {'thread' if args.threads == 1 else 'threads'}"
-    bench = Bench(device, args.threads, autocast, args.repeats, ceiling(device, autocast or torch.float32))
+    bench = Bench(
+        device, args.threads, args.precision, autocast, args.repeats, ceiling(device, autocast or torch.float32)
+    )
     print(f"{name}, torch {torch.__version__}: {bench.rate:.0f} GFLOP/s in a large product of matrices", flush=True)
     of_models = {"forward", "grouped", "train"} & {*args.measures}
     parts = [measure(bench, label, args.speed, of_models, args.released) for label in args.cases if of_models]
@@ -497,16 +504,18 @@ def main() -> None:
         make(bench) for what, make in (("postprocess", postprocessing), ("load", loading)) if what in args.measures
     ]
     found = []
-    for part in parts:
-        for row in part:
+    try:
+        for row in chain.from_iterable(parts):
             found.append(row._asdict())
             spread = f"{row.ratio:.2f}x [{row.least:.2f}-{row.most:.2f}]"
             print(f"  {row.case}: {row.what}: {row.quick} over {row.slow}: {spread}", flush=True)
+            if args.out:  # what was measured so far, should the rest be cut off
+                record = {"device": name, "torch": torch.__version__, "precision": precision}
+                record |= {"ceiling_gflops": bench.rate, "rows": found}
+                write_whole(args.out, json.dumps(record, indent=1))
+    except UserError as error:
+        parser.error(str(error))
     print(tabulate(found, headers="keys", floatfmt=".2f"))
-    if args.out:
-        record = {"device": name, "torch": torch.__version__, "precision": precision}
-        record |= {"ceiling_gflops": bench.rate, "rows": found}
-        args.out.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

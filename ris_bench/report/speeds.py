@@ -24,7 +24,7 @@ LABELS = ("Case", "Measured", "Compared")
 NUMBERS = ("Ratio", "Time (ms)", "GFLOP", "Ceiling (%)", "Memory (MB)")
 """Headers of what is printed of a row."""
 WAYS = {
-    "released": "training as the released code of the paper does it",
+    "released": "the modules of the paper's released code",
     "plain": "the same function as fast, computed as the papers' code computes it, an image anew for every expression",
     "fast": "what trials do",
     "compiled": "the same with its blocks compiled by PyTorch",
@@ -93,7 +93,7 @@ class Speeds:
         """What a reader of the table must know."""
         yield (
             f"Measured on {self.device}, {self.precision}, torch {self.torch}, by python -m benchmarks.speed, the ways "
-            "alternating in one process."
+            "taking turns, each in a process of its own."
         )
         yield (
             "Ratio: how many times faster, the median of neighbouring runs, with the least and the most of them. Time, "
