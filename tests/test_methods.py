@@ -114,12 +114,11 @@ def test_save_and_load_give_the_same_logits(model, backbone_name, method_name, t
     step(model)
     model.eval()
     images, tokens = inputs(model, seed=3)
+    model.save_tuned(tmp_path / "tuned.safetensors")
+    other = tiny_model(backbone_name, method_name, seed=5).eval()
+    other.load_tuned(tmp_path / "tuned.safetensors")
     with torch.inference_mode():
-        expected = model(images, tokens)
-        model.save_tuned(tmp_path / "tuned.safetensors")
-        other = tiny_model(backbone_name, method_name, seed=5)
-        other.load_tuned(tmp_path / "tuned.safetensors")
-        assert torch.equal(other.eval()(images, tokens), expected)
+        assert torch.equal(other(images, tokens), model(images, tokens))
 
 
 def test_only_what_was_tuned_is_saved(backbone_name, method_name):

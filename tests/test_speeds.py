@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import STAND_IN
 
+from benchmarks.papers import DETRIS_B, clone_of
 from benchmarks.speed import Row as Measured
 from ris_bench import cli, plan
+from ris_bench.errors import UserError
 from ris_bench.experiment import load
 from ris_bench.report import page, speeds
 from ris_bench.results import Store
@@ -142,3 +144,12 @@ def test_the_page_has_it_as_text(tmp_path):
     )
     assert 'data-value="4.0013"' in shown[1] and "412 → 99.5" in shown[1] and "cached over released" in shown[1]
     assert "<script>x" not in shown[2] and "&lt;script&gt;x" in shown[2]
+
+
+def test_a_paper_is_found_among_clones_by_its_configuration(tmp_path):
+    config = tmp_path / "one" / DETRIS_B.config
+    config.parent.mkdir(parents=True)
+    config.write_text("TRAIN: {}\n")
+    assert clone_of(DETRIS_B, [tmp_path, tmp_path / "one"]) == tmp_path / "one"
+    with pytest.raises(UserError, match="none of .* has config/refcoco/DETRIS_base.yaml: name a clone of"):
+        clone_of(DETRIS_B, [tmp_path])
