@@ -215,7 +215,7 @@ class Sweep:
 
     def remains(self) -> list[str]:
         """Files that nobody needs when all is done."""
-        # Of a driver that was killed when its workers had all but finished, the name is left: the next had nothing to do.
+        # A driver that was killed leaves its name, where its workers finished all and the next had nothing to do.
         kept = (".driver.lock", ".driver.json")
         partial = [path.name for path in (self.results / "trials").glob(".*") if path.name not in kept]
         return partial + [str(path) for path in self.results.glob("trials/*/checkpoints")]

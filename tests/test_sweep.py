@@ -306,6 +306,7 @@ def test_only_one_process_starts_trials(experiment, store, capsys):
 
     assert statuses(run(experiment, store, run_trial=second)) == dict.fromkeys((0, 1, 2), "done")
     assert store.driver() is None
+    assert not (store.root / "trials" / ".driver.json").exists()
     assert run(experiment, store, run_trial=never)  # to look at what is done nobody has to wait
 
 
