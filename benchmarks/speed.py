@@ -107,7 +107,7 @@ class Row(NamedTuple):
     """Of one run in products and sums of matrices, convolutions and attention; a product and a sum count as two."""
     quick_gflop: float | None
     ceiling: float | None
-    """What the quicker way makes of the rate at which one large product of matrices runs."""
+    """What the quicker way makes of the rate at which one large product of matrices runs, on a GPU."""
     slow_peak: int | None
     """Bytes that a run takes at most, over those held before; None where that is not known."""
     quick_peak: int | None
@@ -133,6 +133,7 @@ class Bench(NamedTuple):
                 taken[name].append(run.seconds())
         *others, quick = runs
         took = statistics.median(taken[quick])
+        alone = self.device.type == "cuda"  # what a CPU can do changes with what else runs on it
         for slow in others:
             ratios = [one / other for one, other in zip(taken[slow], taken[quick], strict=True)]
             yield Row(
@@ -149,7 +150,7 @@ class Bench(NamedTuple):
                 epoch_minutes=REFERENTS / number * took / 60 if what.startswith("training") else None,
                 slow_gflop=costs[slow].gflop,
                 quick_gflop=costs[quick].gflop,
-                ceiling=costs[quick].gflop and costs[quick].gflop / took / self.rate,
+                ceiling=costs[quick].gflop / took / self.rate if alone and costs[quick].gflop else None,
                 slow_peak=costs[slow].peak,
                 quick_peak=costs[quick].peak,
             )

@@ -99,10 +99,11 @@ class Speeds:
             "Ratio: how many times faster, the median of neighbouring runs, with the least and the most of them. Time, "
             "GFLOP and memory: of the slower way, then of the quicker; memory is the peak over what was held before."
         )
-        yield (
-            f"Ceiling: the quicker way's GFLOP a second, of {self.ceiling_gflops:,.0f} that one large product "
-            "of matrices reaches."
-        )
+        if any(row.ceiling is not None for row in self.rows):
+            yield (
+                f"Ceiling: the quicker way's GFLOP a second, of {self.ceiling_gflops:,.0f} that one large product "
+                "of matrices reaches."
+            )
         used = {way for row in self.rows for way in (row.slow, row.quick)}
         yield from (f"{way}: {meaning}." for way, meaning in WAYS.items() if way in used)
 
