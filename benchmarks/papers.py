@@ -53,12 +53,12 @@ def released(paper: Paper, clone: Path, state: Mapping[str, Tensor]) -> nn.Modul
     """The paper's model with the tensors of a checkpoint. Raises UserError where a package is missing that it needs."""
     parts = yaml.safe_load((clone / paper.config).read_text(encoding="utf-8")).values()
     config = {name: value for part in parts for name, value in part.items()} | {"ladder_dim": paper.bridger_width}
-    # What it would load is replaced below; an archive for it would have to be traced first.
-    loads = (
+    with (
+        # What it would load is replaced below; an archive for it would have to be traced first.
         patch.object(torch, "load", lambda path: {}),
         patch.object(torch.jit, "load", lambda path, map_location: openai_clip(paper.clip)),
-    )
-    with loads[0], loads[1], imported(clone) as module:
+        imported(clone) as module,
+    ):
         model = getattr(module, paper.name)(SimpleNamespace(**config))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and {*missing} <= {*UNUSED}, (missing, unexpected)

@@ -1,8 +1,8 @@
 """What the fast way of computing saves: `python -m benchmarks.speed [CASE ...] [--released ETRIS DETRIS]`.
 
 On full-size models with random weights, on a GPU if there is one, else on the CPU with `--threads`; with one thread it
-is the processor's time that is taken, which other processes disturb less. The ways take turns, each in a process of its
-own, as it is used: what one does with memory is nothing to the others. A ratio is the median of the ratios of
+is the processor's time that is taken, which other processes disturb less. The ways take turns, every model in a process
+of its own, as it is used: what one does with memory is nothing to the others. A ratio is the median of the ratios of
 neighbouring runs, with their range. Three ways are compared:
 
     released  the paper's own modules, from a clone of its repository that `--released` names; while they train, ETRIS

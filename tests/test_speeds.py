@@ -41,7 +41,7 @@ MARKDOWN = """\
 | frozen-r101 | training step of 2 | cached over released | 4.00 \\[3.90, 4.25] | 4,821 → 1,205 | 412 → 99.5 |            83 |     2,512 → – |
 | -           | loading            | kept over official   |   100 \\[98.5, 120] |   5.50 → 0.06 |          – |             – |             – |
 
-- Measured on x86_64, 2 threads, fp32, torch 2.9.1, by python -m benchmarks.speed, the ways taking turns, each in a process of its own.
+- Measured on x86_64, 2 threads, fp32, torch 2.9.1, by python -m benchmarks.speed, the ways taking turns, every model in a process of its own.
 """  # noqa: E501
 GRID = """\
 grid:

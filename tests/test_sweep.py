@@ -283,6 +283,7 @@ def test_ray_starts_processes_that_keep_their_memory(ray_here):
     assert ENVIRONMENT.items() <= found.items()
 
 
+@pytest.mark.ray
 def test_ray_survives_what_its_processes_do(experiment, store, ray_here, capfd):
     results = run(experiment, store, {0: "kill", 1: "die once", 2: "raise"}, executor=executors.through_ray())
     assert statuses(results) == kept(store) == {0: "failed", 1: "done", 2: "failed"}

@@ -93,7 +93,7 @@ class Speeds:
         """What a reader of the table must know."""
         yield (
             f"Measured on {self.device}, {self.precision}, torch {self.torch}, by python -m benchmarks.speed, the ways "
-            "taking turns, each in a process of its own."
+            "taking turns, every model in a process of its own."
         )
         yield (
             "Ratio: how many times faster, the median of neighbouring runs, with the least and the most of them. Time, "
