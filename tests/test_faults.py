@@ -51,7 +51,8 @@ table:
     - {header: oIoU, value: oiou, splits: [val, testA]}
 """
 PLUGIN = '''\
-"""LoRA, slow enough to be met at any step; what stands in the file $FAULT befalls it once, as it trains."""
+"""LoRA, slow enough to be met at any step; what stands in the file $FAULT befalls it once, as it trains, or makes all
+steps slow while it stands there."""
 
 import os
 import time
@@ -71,6 +72,9 @@ class Struck(LoRA):
         fault = Path(os.environ["FAULT"])
         if self.training and fault.exists():
             kind = fault.read_text()
+            if kind == "slow":
+                time.sleep(2)
+                return features
             fault.unlink()
             if kind == "hang":
                 time.sleep(600)
@@ -158,6 +162,12 @@ class Sweep:
         return Command(
             [*self.before, *command, *options], self.environment, self.folder / f"command{self.commands}.log"
         )
+
+    def befall(self, kind: str) -> None:
+        """The whole word at once: a trial may be looking."""
+        word = self.fault.with_suffix(".new")
+        word.write_text(kind)
+        word.replace(self.fault)
 
     def trials(self) -> list[str]:
         """Those that have ended, in the order in which they did."""
@@ -327,8 +337,10 @@ def test_ctrl_c_under_ray(sweep, expected):
     rarely = ("--checkpoint-minutes", "60")
     command = sweep.start(*rarely)
     command.meets(sweep.reached(trial, 1))
+    sweep.befall("slow")  # the signal, and what trials are told then, take up to a second each
     command.interrupt()
     said = command.ends(130)
+    sweep.fault.unlink()
     assert "stops after the step that is running" in said and "the same command goes on with the rest" in said
     done = sweep.done()
     assert trial not in done
@@ -451,7 +463,7 @@ def test_ctrl_c_once_and_twice(sweep, expected):
     trial = expected.trials[second]
     command = sweep.start(*rarely)
     command.meets(sweep.reached(trial, 1))
-    sweep.fault.write_text("hang")
+    sweep.befall("hang")
     command.meets(lambda: not sweep.fault.exists())
     command.interrupt()
     command.meets(lambda: "once more stops at once" in command.said)
@@ -476,7 +488,7 @@ def test_losses_that_are_not_finite_and_memory_that_runs_out(sweep, expected):
     command = sweep.start("--executor", "local", *ALWAYS)
     for trial, kind in ((first, "nan"), (second, "memory")):
         command.meets(sweep.reached(trial, moments.randrange(1, 9)))
-        sweep.fault.write_text(kind)
+        sweep.befall(kind)
         command.meets(lambda: not sweep.fault.exists())
     said = command.ends(1)
     assert has(said, rf"failed: {first}: FloatingPointError: the loss is nan at epoch \d, batch \d of 4; see ")
