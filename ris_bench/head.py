@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ris_bench.attention import MultiheadAttention
 from ris_bench.backbones.base import Backbone, Features
 from ris_bench.errors import UserError
 from ris_bench.registry import Registry
-from ris_bench.speed import Layers, Region, TwoWays, doubled_convolution, foldable
+from ris_bench.speed import Kept, Layers, Region, TwoWays, doubled_convolution, foldable
 
 HEADS = Registry("head", "ris_bench.head")
 """Modules from `Features` to logits. One that has `prepare(maps)` and `decode(features with what that gives for maps)`,
@@ -97,16 +98,14 @@ def coordinates(height: int, width: int, dtype: torch.dtype, device: torch.devic
     return torch.stack([x_HW, y_HW]).to(dtype)
 
 
-class GlobalAlignmentLayer(TwoWays, Region):
+class GlobalAlignmentLayer(Region):
     """Cells attend to each other, then to the words; pre-norm, with a second norm after each attention."""
 
     def __init__(self, width: int, word_width: int, heads: int, ffn: int, dropout: float) -> None:
         super().__init__()
-        self.self_attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
-        self.cross_attention = nn.MultiheadAttention(
-            width, heads, dropout=dropout, kdim=word_width, vdim=word_width, batch_first=True
-        )
-        self.ffn = nn.Sequential(
+        self.self_attention = MultiheadAttention(width, heads, dropout)
+        self.cross_attention = MultiheadAttention(width, heads, dropout, word_width)
+        self.ffn = Layers(
             nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.LayerNorm(ffn), nn.Linear(ffn, width)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
@@ -116,12 +115,10 @@ class GlobalAlignmentLayer(TwoWays, Region):
     def forward(self, x_BNC: Tensor, words_BLE: Tensor, cell_NC: Tensor, place_LE: Tensor, pad_BL: Tensor) -> Tensor:
         normed = self.norms[0](x_BNC)
         query = normed + cell_NC
-        seen = self.self_attention(query, query, normed, need_weights=not self.fast)[0]
+        seen = self.self_attention(query, query, normed)
         x_BNC = x_BNC + self.dropout(self.self_norm(seen))
         query = self.norms[1](x_BNC) + cell_NC
-        seen = self.cross_attention(
-            query, words_BLE + place_LE, words_BLE, key_padding_mask=pad_BL, need_weights=not self.fast
-        )[0]
+        seen = self.cross_attention(query, words_BLE + place_LE, words_BLE, pad_BL)
         x_BNC = x_BNC + self.dropout(self.cross_norm(seen))
         return x_BNC + self.dropout(self.ffn(self.norms[2](x_BNC)))
 
@@ -182,6 +179,7 @@ class Projector(TwoWays, Region):
             nn.Conv2d(half, half, 1),
         )
         self.kernel = nn.Linear(sentence_width, half * 9 + 1)
+        self._mixes = Kept(), Kept()
 
     def forward(self, x_BCHW: Tensor, sentence_BE: Tensor) -> Tensor:
         kernel = self.kernel(sentence_BE)
@@ -192,13 +190,13 @@ class Projector(TwoWays, Region):
             weight = weight_BC9.unflatten(2, (3, 3))
             return F.conv2d(groups, weight, bias_B1[:, 0], padding=1, groups=len(x_BCHW))[0][:, None]
         _, first, _, second, mix = self.refine
-        for layers in (first, second):
+        for layers, mix_kept in zip((first, second), self._mixes, strict=True):
             layer, norm, activation = layers
             if foldable(layer, norm):
                 weight, bias_O = layers.folded(0)
-                x_BCHW = activation(doubled_convolution(x_BCHW, weight, bias_O))
+                x_BCHW = activation(doubled_convolution(x_BCHW, weight, bias_O, mix_kept))
             else:
-                x_BCHW = activation(norm(doubled_convolution(x_BCHW, layer.weight)))
+                x_BCHW = activation(norm(doubled_convolution(x_BCHW, layer.weight, kept=mix_kept)))
         # The 1x1 convolution goes into the kernels; and a grouped convolution, one group per expression, takes five
         # times as long as a product and a shift-add.
         taps_B9C = weight_BC9.flip(2).mT

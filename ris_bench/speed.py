@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
+from ris_bench import onednn
 from ris_bench.allocator import keep_freed_memory
 from ris_bench.parallel import same_batch_norms
 from ris_bench.records import Speed
@@ -74,7 +76,8 @@ def choose(model: nn.Module, speed: Speed, recompute: bool = False) -> None:
     its regions are recomputed, which those that are compiled are not.
 
     With channels last, a training step on a CPU takes 0.8 of the time where the tower is a ResNet. Compiled regions
-    draw their dropout otherwise. On a CPU, where it is not "plain", the process keeps its memory from then on.
+    draw their dropout otherwise. On a CPU, where it is not "plain", the process keeps its memory from then on, and
+    evaluation a second copy of the weights, packed.
     """
     assert speed in get_args(Speed)
     compiled = speed == "compiled"
@@ -84,6 +87,8 @@ def choose(model: nn.Module, speed: Speed, recompute: bool = False) -> None:
     if speed != "plain" and all(p.device.type == "cpu" for p in model.parameters()):
         keep_freed_memory()
     for module in model.modules():
+        if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear):  # the latter in attention
+            module.__class__ = Linear
         if isinstance(module, TwoWays):
             module.fast = speed != "plain"
         if isinstance(module, Region):
@@ -154,12 +159,29 @@ _CONVOLUTIONS = {
 }
 
 
+class Linear(nn.Linear, TwoWays):
+    """What `choose` makes of a linear layer: where oneDNN can be asked, with a weight that is packed once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(x, "none") if self.packs(x) else super().forward(x)
+
+    def packs(self, x: Tensor) -> bool:
+        """Whether `then` can be asked. What is computed anew in every call is not packed."""
+        return self.fast and onednn.serves(x) and not parametrize.is_parametrized(self)
+
+    def then(self, x: Tensor, then: onednn.Then) -> Tensor:
+        """The layer, and what comes behind it."""
+        packed = self.__dict__.setdefault("_packed", Kept())
+        return onednn.linear(x, packed(lambda: onednn.pack_linear(self.weight, x), self.weight), self.bias, then)
+
+
 class Layers(nn.Sequential, TwoWays):
-    """One after another; a BatchNorm that computes with fixed numbers goes into the convolution before it."""
+    """One after another; a BatchNorm that computes with fixed numbers goes into the convolution before it, and an
+    activation into what is computed by oneDNN."""
 
     def __init__(self, *layers: Any) -> None:
         super().__init__(*layers)
-        self._folded: dict[int, Kept] = {}
+        self._folded: dict[str, Kept] = {}
 
     def train(self, mode: bool = True) -> Layers:
         self._folded.clear()
@@ -168,25 +190,43 @@ class Layers(nn.Sequential, TwoWays):
     def forward(self, x: Tensor) -> Tensor:
         if not self.fast:
             return super().forward(x)
-        layers = list(self)
         number = 0
-        while number < len(layers):
-            layer, behind = layers[number], layers[number + 1] if number + 1 < len(layers) else None
-            if foldable(layer, behind):
-                x = convolution(layer, x, *self.folded(number))
-                number += 2
-            else:
-                x = layer(x)
-                number += 1
+        while number < len(self):
+            x, done = self._pass(x, number)
+            number += done
         return x
+
+    def _pass(self, x: Tensor, number: int) -> tuple[Tensor, int]:
+        """Through a layer and those behind it that can be computed with it; and how many they are."""
+        layer, behind, last = (*list(self)[number : number + 3], None, None)[:3]
+        if foldable(layer, behind):
+            if not isinstance(layer, nn.Conv2d) or not onednn.serves(x):
+                return convolution(layer, x, *self.folded(number)), 2
+            then = activation(last)
+            return onednn.convolution(layer, x, *self._packed(number, x), then), 2 + (then != "none")
+        if isinstance(layer, Linear) and not listened(layer) and layer.packs(x):
+            then = activation(behind)
+            return layer.then(x, then), 1 + (then != "none")
+        return layer(x), 1
 
     def folded(self, number: int) -> tuple[Tensor, Tensor]:
         """Weight and bias of that convolution, with the BatchNorm behind it folded in."""
+        return self._kept(f"{number}", number, fold)
+
+    def _packed(self, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same with a packed weight."""
+
+        def make(layer: nn.Conv2d, weight: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+            weight, bias_O = fold(layer, weight, norm)
+            return onednn.pack_convolution(layer, weight, x), bias_O
+
+        return self._kept(f"{number} packed", number, make)
+
+    def _kept(self, name: str, number: int, make: Callable[[nn.Module, Tensor, _BatchNorm], Any]) -> Any:
         layer, norm = self[number], self[number + 1]
         weight = layer.weight
         sources = (weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        kept = self._folded.setdefault(number, Kept())
-        return kept(lambda: fold(layer, weight, norm), *sources)
+        return self._folded.setdefault(name, Kept())(lambda: make(layer, weight, norm), *sources)
 
 
 def foldable(layer: nn.Module, behind: nn.Module | None) -> bool:
@@ -204,7 +244,21 @@ def foldable(layer: nn.Module, behind: nn.Module | None) -> bool:
     kind = parametrize.type_before_parametrizations(layer)
     if kind not in _CONVOLUTIONS or layer.padding_mode != "zeros" or (layer.transposed and layer.groups > 1):
         return False
-    return not (layer._forward_hooks or layer._forward_pre_hooks or behind._forward_hooks or behind._forward_pre_hooks)
+    return not listened(layer) and not listened(behind)
+
+
+def listened(layer: nn.Module) -> bool:
+    """Whether somebody wants to know what enters it, or what it returns."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def activation(layer: nn.Module | None) -> onednn.Then:
+    """What a layer does, if it can be done together with the product before it."""
+    if type(layer) is nn.ReLU and not listened(layer):
+        return "relu"
+    if type(layer) is nn.GELU and layer.approximate == "none" and not listened(layer):
+        return "gelu"
+    return "none"
 
 
 def fold(layer: nn.Module, weight: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
@@ -229,7 +283,22 @@ def convolution(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor) -> Te
     return convolve(x, weight, bias, layer.stride, layer.padding, layer.dilation, layer.groups)
 
 
-def doubled_convolution(x_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kept: Kept,
+    change: Callable[[Tensor], Tensor] = lambda weight: weight,
+) -> Tensor:
+    """`F.linear` with what `change` makes of a weight, which is packed where oneDNN can be asked."""
+    if not onednn.serves(x):
+        return F.linear(x, change(weight), bias)
+    return onednn.linear(x, kept(lambda: onednn.pack_linear(change(weight), x), weight), bias)
+
+
+def doubled_convolution(
+    x_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | None = None, kept: Kept | None = None
+) -> Tensor:
     """`conv2d(interpolate(x, scale_factor=2, mode="bilinear"), weight, bias, padding=1)`: (B, O, 2H, 2W).
 
     Both are linear, so that the channels can be mixed, once for each of the nine taps, where there are four times fewer
@@ -237,8 +306,11 @@ def doubled_convolution(x_BCHW: Tensor, weight_OC33: Tensor, bias_O: Tensor | No
     """
     B, C, H, W = x_BCHW.shape
     out = len(weight_OC33)
-    mix_CT = weight_OC33.permute(1, 3, 2, 0).reshape(C, -1)  # columns of the kernel, rows, channels out
-    taps_BHWT = x_BCHW.permute(0, 2, 3, 1) @ mix_CT
+
+    def mixing(weight_OC33: Tensor) -> Tensor:
+        return weight_OC33.permute(3, 2, 0, 1).reshape(-1, C)  # columns of the kernel, rows, channels out
+
+    taps_BHWT = linear(x_BCHW.permute(0, 2, 3, 1), weight_OC33, None, kept or Kept(), mixing)
     wide = _doubling(W, x_BCHW.dtype, x_BCHW.device) @ taps_BHWT.reshape(B, H, W * 3, 3 * out)
     rows = wide.view(B, H, 2 * W, 3, out).transpose(2, 3).reshape(B, H * 3, 2 * W * out)
     out_BHWO = (_doubling(H, x_BCHW.dtype, x_BCHW.device) @ rows).view(B, 2 * H, 2 * W, out)

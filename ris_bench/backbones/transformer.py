@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ris_bench.backbones.base import ImageTower, Site, TextState, Tower
-from ris_bench.speed import Region
+from ris_bench.speed import Layers, Region
 
 NUM_STAGES = 3
 """Image and text towers are cut into as many stages, so that a method can pair them."""
@@ -70,7 +70,7 @@ class Block(Region):
     ) -> None:
         super().__init__()
         self.norm1, self.attention, self.scale1 = norm1, attention, scale1
-        self.norm2, self.ffn, self.scale2 = norm2, nn.Sequential(*ffn), scale2
+        self.norm2, self.ffn, self.scale2 = norm2, Layers(*ffn), scale2
         self.shortcut = nn.Identity()
 
     def forward(self, x_BNC: Tensor, mask_NN: Tensor | None = None) -> Tensor:

@@ -10,40 +10,41 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from ris_bench.attention import MultiheadAttention
 from ris_bench.backbones.base import Backbone, Features, Known
 from ris_bench.errors import UserError
 from ris_bench.methods.base import METHODS, Method
-from ris_bench.speed import Layers, TwoWays
+from ris_bench.speed import Layers
 
 
-class FullInteractor(TwoWays):
+class FullInteractor(nn.Module):
     """Self-attention, cross-attention and a feed-forward layer (ETRIS model/layers.py `Interactor`)."""
 
     def __init__(self, width: int, heads: int, ffn: int = 128, dropout: float = 0.1) -> None:
         super().__init__()
-        self.self_attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
-        self.cross_attention = nn.MultiheadAttention(width, heads, dropout=dropout, batch_first=True)
-        self.ffn = nn.Sequential(nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, width))
+        self.self_attention = MultiheadAttention(width, heads, dropout)
+        self.cross_attention = MultiheadAttention(width, heads, dropout)
+        self.ffn = Layers(nn.Linear(width, ffn), nn.ReLU(), nn.Dropout(dropout), nn.Linear(ffn, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BNC: Tensor, other_BMC: Tensor) -> Tensor:
-        seen = self.self_attention(x_BNC, x_BNC, x_BNC, need_weights=not self.fast)[0]
+        seen = self.self_attention(x_BNC, x_BNC, x_BNC)
         x_BNC = self.norms[0](x_BNC + self.dropout(seen))
-        seen = self.cross_attention(x_BNC, other_BMC, other_BMC, need_weights=not self.fast)[0]
+        seen = self.cross_attention(x_BNC, other_BMC, other_BMC)
         x_BNC = self.norms[1](x_BNC + self.dropout(seen))
         return self.norms[2](x_BNC + self.dropout(self.ffn(x_BNC)))
 
 
-class MultiplicativeInteractor(TwoWays):
+class MultiplicativeInteractor(nn.Module):
     """Cross-attention whose result multiplies the query (ETRIS model/layers.py `InteractorT`)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.attention = MultiheadAttention(width, heads)
 
     def forward(self, x_BNC: Tensor, other_BMC: Tensor) -> Tensor:
-        return x_BNC * self.attention(x_BNC, other_BMC, other_BMC, need_weights=not self.fast)[0]
+        return x_BNC * self.attention(x_BNC, other_BMC, other_BMC)
 
 
 class Bridge(nn.Module):

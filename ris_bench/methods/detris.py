@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ris_bench.attention import MultiheadAttention
 from ris_bench.backbones.base import Backbone, Features, Known, Site
 from ris_bench.errors import UserError
 from ris_bench.methods.base import METHODS, Method, Parallel
-from ris_bench.speed import Layers, TwoWays
+from ris_bench.speed import Layers
 
 
 class DenseConvolutions(nn.Module):
@@ -73,7 +74,7 @@ WORDS: ContextVar[Tensor] = ContextVar("detris_words")
 """What aligners attend to, (B, L, E), in the course of one forward pass."""
 
 
-class DenseAligner(TwoWays):
+class DenseAligner(nn.Module):
     """Tokens (B, N, C) -> what is added beside them, `scale` times (DETRIS model/adapter.py:83-194).
 
     Patches pass the convolutions and ask all words, padding included; the first tokens pass both by and are doubled.
@@ -98,7 +99,7 @@ class DenseAligner(TwoWays):
         self.convs = DenseConvolutions(width, nn.Conv2d, nn.BatchNorm2d)
         self.patch_in, self.patch_out = nn.Linear(width, attention_width), nn.Linear(attention_width, width)
         self.word_in = nn.Linear(word_width, attention_width)
-        self.attention = nn.MultiheadAttention(attention_width, heads, dropout=0.1, batch_first=True)
+        self.attention = MultiheadAttention(attention_width, heads, dropout=0.1)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -114,7 +115,7 @@ class DenseAligner(TwoWays):
         patches_BCHW = patches_BNC.mT.unflatten(2, (side, side))
         query_BNA = self.patch_in((self.convs(patches_BCHW) + patches_BCHW).flatten(2).mT)
         words_BLA = self.word_in(WORDS.get())
-        seen_BNA = self.attention(query_BNA, words_BLA, words_BLA, need_weights=not self.fast)[0]
+        seen_BNA = self.attention(query_BNA, words_BLA, words_BLA)
         return self.scale * self.up(x_BNC + torch.cat([prefix_BPC, self.patch_out(seen_BNA)], dim=1))
 
 
