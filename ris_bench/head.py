@@ -17,7 +17,7 @@ from ris_bench.attention import MultiheadAttention
 from ris_bench.backbones.base import Backbone, Features
 from ris_bench.errors import UserError
 from ris_bench.registry import Registry
-from ris_bench.speed import Kept, Layers, Region, TwoWays, doubled_convolution, foldable
+from ris_bench.speed import Layers, Region, TwoWays, doubled_convolution, foldable
 
 HEADS = Registry("head", "ris_bench.head")
 """Modules from `Features` to logits. One that has `prepare(maps)` and `decode(features with what that gives for maps)`,
@@ -179,7 +179,6 @@ class Projector(TwoWays, Region):
             nn.Conv2d(half, half, 1),
         )
         self.kernel = nn.Linear(sentence_width, half * 9 + 1)
-        self._mixes = Kept(), Kept()
 
     def forward(self, x_BCHW: Tensor, sentence_BE: Tensor) -> Tensor:
         kernel = self.kernel(sentence_BE)
@@ -190,13 +189,13 @@ class Projector(TwoWays, Region):
             weight = weight_BC9.unflatten(2, (3, 3))
             return F.conv2d(groups, weight, bias_B1[:, 0], padding=1, groups=len(x_BCHW))[0][:, None]
         _, first, _, second, mix = self.refine
-        for layers, mix_kept in zip((first, second), self._mixes, strict=True):
+        for name, layers in (("first", first), ("second", second)):
             layer, norm, activation = layers
             if foldable(layer, norm):
                 weight, bias_O = layers.folded(0)
-                x_BCHW = activation(doubled_convolution(x_BCHW, weight, bias_O, mix_kept))
+                x_BCHW = activation(doubled_convolution(x_BCHW, weight, bias_O, self.kept(name)))
             else:
-                x_BCHW = activation(norm(doubled_convolution(x_BCHW, layer.weight, kept=mix_kept)))
+                x_BCHW = activation(norm(doubled_convolution(x_BCHW, layer.weight, kept=self.kept(name))))
         # The 1x1 convolution goes into the kernels; and a grouped convolution, one group per expression, takes five
         # times as long as a product and a shift-add.
         taps_B9C = weight_BC9.flip(2).mT

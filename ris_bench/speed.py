@@ -31,6 +31,22 @@ class TwoWays(nn.Module):
 
     fast = True
 
+    def kept(self, name: str) -> Kept:
+        """What it has made of its weights, by name, until it is told to train or to evaluate."""
+        return self.__dict__.setdefault("_kept", {}).setdefault(name, Kept())
+
+    def train(self, mode: bool = True) -> TwoWays:
+        self.__dict__.pop("_kept", None)
+        return super().train(mode)
+
+
+class Precise(nn.Module):
+    """A part whose linear layers `choose` leaves as they are.
+
+    Packed they err twice as much, since oneDNN adds up a row of the weight in one go. In a map that is lost among other
+    errors; in what is made of a sentence it is an error of all cells alike.
+    """
+
 
 class Region(nn.Module):
     """A part that repeats, such as a block of a tower: it is compiled by itself, and its work can be done again in the
@@ -86,8 +102,10 @@ def choose(model: nn.Module, speed: Speed, recompute: bool = False) -> None:
     model.to(memory_format=torch.contiguous_format if speed == "plain" else torch.channels_last)
     if speed != "plain" and all(p.device.type == "cpu" for p in model.parameters()):
         keep_freed_memory()
+    precise = {part for module in model.modules() if isinstance(module, Precise) for part in module.modules()}
     for module in model.modules():
-        if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear):  # the latter in attention
+        # The second is that of PyTorch's attention.
+        if type(module) in (nn.Linear, NonDynamicallyQuantizableLinear) and module not in precise:
             module.__class__ = Linear
         if isinstance(module, TwoWays):
             module.fast = speed != "plain"
@@ -171,21 +189,13 @@ class Linear(nn.Linear, TwoWays):
 
     def then(self, x: Tensor, then: onednn.Then) -> Tensor:
         """The layer, and what comes behind it."""
-        packed = self.__dict__.setdefault("_packed", Kept())
-        return onednn.linear(x, packed(lambda: onednn.pack_linear(self.weight, x), self.weight), self.bias, then)
+        packed = self.kept("weight")(lambda: onednn.pack_linear(self.weight, x), self.weight)
+        return onednn.linear(x, packed, self.bias, then)
 
 
 class Layers(nn.Sequential, TwoWays):
     """One after another; a BatchNorm that computes with fixed numbers goes into the convolution before it, and an
     activation into what is computed by oneDNN."""
-
-    def __init__(self, *layers: Any) -> None:
-        super().__init__(*layers)
-        self._folded: dict[str, Kept] = {}
-
-    def train(self, mode: bool = True) -> Layers:
-        self._folded.clear()
-        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.fast:
@@ -211,7 +221,7 @@ class Layers(nn.Sequential, TwoWays):
 
     def folded(self, number: int) -> tuple[Tensor, Tensor]:
         """Weight and bias of that convolution, with the BatchNorm behind it folded in."""
-        return self._kept(f"{number}", number, fold)
+        return self._made(f"{number}", number, fold)
 
     def _packed(self, number: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """The same with a packed weight."""
@@ -220,13 +230,13 @@ class Layers(nn.Sequential, TwoWays):
             weight, bias_O = fold(layer, weight, norm)
             return onednn.pack_convolution(layer, weight, x), bias_O
 
-        return self._kept(f"{number} packed", number, make)
+        return self._made(f"{number} packed", number, make)
 
-    def _kept(self, name: str, number: int, make: Callable[[nn.Module, Tensor, _BatchNorm], Any]) -> Any:
+    def _made(self, name: str, number: int, make: Callable[[nn.Module, Tensor, _BatchNorm], Any]) -> Any:
         layer, norm = self[number], self[number + 1]
         weight = layer.weight
         sources = (weight, layer.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        return self._folded.setdefault(name, Kept())(lambda: make(layer, weight, norm), *sources)
+        return self.kept(name)(lambda: make(layer, weight, norm), *sources)
 
 
 def foldable(layer: nn.Module, behind: nn.Module | None) -> bool:

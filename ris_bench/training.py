@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import functional as F
 
 from ris_bench.data.samples import draw
@@ -161,6 +162,8 @@ class Loop:
         if math.isfinite(loss):
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            for p in self.tuned.values():
+                increment_version(p)  # which a fused step does not
         self.optimizer.zero_grad()
         return loss
 

@@ -101,7 +101,7 @@ def test_dense_aligner(name, prefix):
     dense_map = dense(aligner.convs, grid, F.conv2d, layers_of(aligner.convs)) + grid
     query = aligner.patch_in(dense_map.flatten(2).transpose(1, 2))
     keys = aligner.word_in(words)
-    seen = aligner.patch_out(aligner.attention(query, keys, keys)[0])
+    seen = aligner.patch_out(aligner.attention(query, keys, keys))
     beside = aligner.up(low + torch.cat([low[:, :prefix], seen], 1))
     expected = h + block.scale2(block.ffn.inner(normed) + 0.2 * beside)
     context = copy_context()

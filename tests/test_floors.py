@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "ris_bench"
 FLOORS = [
     ("errors", "code", "files", "cache", "records", "registry", "located", "published", "results", "remote"),
     ("allocator", "data", "metrics", "protocols"),
-    ("parallel", "kept", "transforms", "pixels", "loading", "audit", "predictions", "resampling", "scoring"),
-    ("speed", "backbones"),
+    ("parallel", "kept", "onednn", "transforms", "pixels", "loading", "audit", "predictions", "resampling", "scoring"),
+    ("speed", "attention", "backbones"),
     ("methods",),
     ("head",),
     ("model", "plugins"),

@@ -40,7 +40,7 @@ from ris_bench.backbones.transformer import (
 )
 from ris_bench.backbones.weights import Weights, fit
 from ris_bench.errors import UserError
-from ris_bench.speed import Kept, Layers, Region
+from ris_bench.speed import Kept, Layers, Precise, Region
 
 
 def blocks(transformer: Transformer) -> list[Block]:
@@ -58,7 +58,7 @@ def blocks(transformer: Transformer) -> list[Block]:
     ]
 
 
-class CLIPText(Tower):
+class CLIPText(Tower, Precise):
     """Tokens (B, L) -> words (B, L, E) after the last LayerNorm, and the projected end-of-text token (B, D)."""
 
     def __init__(self, clip: CLIP) -> None:
