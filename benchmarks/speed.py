@@ -62,7 +62,11 @@ def by_onednn(x: torch.Size, packed: torch.Size, *rest: object, out_shape: torch
     return 2 * out_shape.numel() * packed[1:].numel()
 
 
-BY_ONEDNN = dict.fromkeys((torch.ops.mkldnn._linear_pointwise, torch.ops.mkldnn._convolution_pointwise), by_onednn)
+BY_ONEDNN = {
+    getattr(torch.ops.mkldnn, name): by_onednn
+    for name in ("_linear_pointwise", "_convolution_pointwise")
+    if hasattr(torch.ops.mkldnn, name)
+}
 EXPRESSIONS = 7
 """Of an image: RefCOCO's val has 10,834 on 1,500."""
 TRAIN_BATCH = {"cpu": 2, "cuda": 32}
