@@ -40,6 +40,11 @@ def linear(x: Tensor, packed: Tensor, bias_O: Tensor | None, then: Then = "none"
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias_O, then, [], "none")
 
 
+def convolves(layer: nn.Module) -> bool:
+    """Whether it is a layer for `convolution`: of two axes, its padding in numbers."""
+    return isinstance(layer, nn.Conv2d) and not isinstance(layer.padding, str)
+
+
 def pack_convolution(layer: nn.Conv2d, weight_OCHW: Tensor, x: Tensor) -> Tensor:
     """Of another weight than the layer's own; for inputs (B, C, H, W) of about this size."""
     return torch.ops.mkldnn._reorder_convolution_weight(weight_OCHW, *_geometry(layer), list(x.shape))

@@ -210,10 +210,10 @@ class Layers(nn.Sequential, TwoWays):
         """Through a layer and those behind it that can be computed with it; and how many they are."""
         layer, behind, last = (*list(self)[number : number + 3], None, None)[:3]
         if foldable(layer, behind):
-            if not isinstance(layer, nn.Conv2d) or not onednn.serves(x):
-                return convolution(layer, x, *self.folded(number)), 2
-            then = activation(last)
-            return onednn.convolution(layer, x, *self._packed(number, x), then), 2 + (then != "none")
+            if onednn.serves(x) and onednn.convolves(layer):
+                then = activation(last)
+                return onednn.convolution(layer, x, *self._packed(number, x), then), 2 + (then != "none")
+            return convolution(layer, x, *self.folded(number)), 2
         if isinstance(layer, Linear) and not listened(layer) and layer.packs(x):
             then = activation(behind)
             return layer.then(x, then), 1 + (then != "none")

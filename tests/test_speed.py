@@ -211,6 +211,14 @@ def test_an_activation_goes_into_the_product_before_it(product, activation):
     assert heard == list(layers)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["same", "valid", 1, (2, 0)])
+def test_a_convolution_of_any_padding(padding):
+    layers = Layers(nn.Conv2d(3, 4, 3, padding=padding), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    x = torch.randn(2, 3, 6, 4)
+    torch.testing.assert_close(layers(x), nn.Sequential.forward(layers, x))
+
+
 @pytest.mark.parametrize("shape", [(5,), (0, 5), (2, 3, 5)])
 def test_a_linear_layer_of_any_input(shape):
     layers = nn.ModuleList([nn.Linear(5, 4), nn.Linear(5, 1, bias=False)])
