@@ -1,8 +1,8 @@
 """Products of matrices and convolutions on a CPU with weights that stay as they are, by oneDNN.
 
 It reads weights in an order of its own. PyTorch brings those of convolutions into it in every call, and asks another
-library for linear layers, which on processors of AMD's takes a quarter longer. Here a weight is packed once. Nothing of
-it is public in PyTorch; its compiler calls the same for weights that stay as they are.
+library for linear layers, which takes longer on some processors. Here a weight is packed once. Nothing of it is public
+in PyTorch; its compiler calls the same for weights that stay as they are.
 """
 
 from __future__ import annotations

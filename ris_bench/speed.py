@@ -43,8 +43,8 @@ class TwoWays(nn.Module):
 class Precise(nn.Module):
     """A part whose linear layers `choose` leaves as they are.
 
-    Packed they err twice as much, since oneDNN adds up a row of the weight in one go. In a map that is lost among other
-    errors; in what is made of a sentence it is an error of all cells alike.
+    Packed they err more, since oneDNN adds up a row of the weight in one go. In a map that is lost among other errors;
+    in what is made of a sentence it is an error of all cells alike.
     """
 
 

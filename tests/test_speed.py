@@ -10,6 +10,7 @@ import torch
 from conftest import inputs, tiny_model
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ris_bench import evaluation, speed
 from ris_bench.attention import MultiheadAttention
@@ -85,7 +86,47 @@ def test_fast_and_plain_agree(model):
             assert off(model(known, tokens), expected) <= max(1.5 * off(plain, expected), 5e-5)
 
 
+class Asked(TorchDispatchMode):
+    """Which operations of oneDNN's with packed weights are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "pointwise" in str(function):
+            self.names.add(str(function).split(".")[1])
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch has no oneDNN here")
+@pytest.mark.parametrize("backbone", ["tiny-clip-rn", "tiny-dino"])
+def test_an_evaluation_asks_onednn(backbone):
+    """But not for a text tower, nor where a gradient is wanted, in another precision, or the plain way."""
+    model = tiny_model(backbone, "bridger").eval()
+    images, tokens = inputs(model)
+
+    def asked(run) -> set[str]:
+        with Asked() as those:
+            run()
+        return those.names
+
+    def logits() -> torch.Tensor:
+        return model(images, tokens)
+
+    speed.choose(model, "fast")
+    assert asked(logits) == set()
+    with torch.no_grad():
+        assert asked(logits) == {"_linear_pointwise", "_convolution_pointwise"}
+        assert asked(lambda: model.backbone.encode_text(tokens)) == set()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert asked(logits) == set()
+        speed.choose(model, "plain")
+        assert asked(logits) == set()
+
+
 def test_what_is_made_of_weights_is_made_anew_after_a_step(model):
+    torch.manual_seed(0)
     model.eval()
     images, tokens = inputs(model)
     masks, rows = torch.rand(3, 1, *images.shape[2:]).round(), torch.arange(3)
